@@ -1,0 +1,77 @@
+# Every target sets up what it needs by itself; a machine with Python >= 3.11 (venv, pip) and make is enough.
+#
+#   make demo           plain against drafted decoding of the bundled model, in this terminal
+#   make test           the whole test suite on the CPU, with the versions of constraints.txt
+#   make lint           ruff and pyrefly          make format   ruff, writing
+#   make gpu-test       tests/gpu with this machine's own python3 and its torch (needs CUDA)
+#   make bench          the numbers of benchmarks/, measured again on this machine
+#   make test-oldest    the suite on the oldest supported transformers; test-newest: on the newest published one
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OLDEST := transformers==5.8.0 tokenizers==0.22.2 huggingface_hub==1.33.0
+# What a transformers release chooses for itself; everything else stays as constraints.txt has it.
+FREE := ^(transformers|tokenizers|huggingface_hub|hf-xet|httpcore2|httpx2|truststore|safetensors)==
+PYTEST_ARGS ?=
+# Two workers of one thread: the models under test are too small for more threads to help.
+PYTEST := env OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
+TESTS := -m pytest -n 2 --ignore=tests/gpu $(PYTEST_ARGS)
+PROMPT := 'def read_config(path: str) -> dict[str, str]:\n    """Read a file of KEY=VALUE lines, skipping blank lines and comments."""\n'
+
+.PHONY: demo test lint format gpu-test bench test-oldest test-newest clean
+
+demo: $(VENV)/.installed
+	@printf $(PROMPT) | $(BIN)/orthrus generate - --compare --max-new-tokens 200
+
+test: $(VENV)/.installed
+	$(PYTEST) $(BIN)/python $(TESTS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+gpu-test:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || \
+		{ echo "gpu-test: $(PYTHON) has no torch that sees a CUDA device" >&2; exit 1; }
+	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m orthrus.evaluation.speed
+
+test-oldest: .venv-oldest/.installed
+	$(PYTEST) .venv-oldest/bin/python $(TESTS)
+
+test-newest: .venv-newest/.installed
+	$(PYTEST) .venv-newest/bin/python $(TESTS)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call new_venv,$(VENV))
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv-oldest/.installed: pyproject.toml constraints.txt
+	$(call new_venv,.venv-oldest)
+	@grep -vE '$(FREE)' constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install -q -c .venv-oldest/constraints.txt -e '.[test]' $(OLDEST)
+	@touch $@
+
+.venv-newest/.installed: pyproject.toml constraints.txt
+	$(call new_venv,.venv-newest)
+	@grep -vE '$(FREE)' constraints.txt > .venv-newest/constraints.txt
+	.venv-newest/bin/python -m pip install -q -U -c .venv-newest/constraints.txt -e '.[test]' transformers
+	@touch $@
+
+define new_venv
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "$(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.11 ..." >&2; exit 1; }
+@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+endef
+
+clean:
+	rm -rf .venv .venv-oldest .venv-newest .pytest_cache .ruff_cache dist build

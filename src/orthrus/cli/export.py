@@ -1,0 +1,32 @@
+"""`orthrus export`: write a checkpoint in another form."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from orthrus.cli import options
+from orthrus.cli.convert import print_written
+
+
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint: a Hub id or a folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    form: Annotated[
+        Literal["merged", "view"], typer.Option(help="merged: loads anywhere; view: the trained tensors only.")
+    ] = "merged",
+    revision: options.Revision = None,
+    base: options.Base = None,
+    dtype: options.Dtype = "auto",
+    force: options.Force = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write a checkpoint in another form."""
+    options.check_dtype(dtype)
+
+    from orthrus.cli.session import quiet
+    from orthrus.model.export import export as write
+
+    quiet()
+    folder = write(model, out, form=form, revision=revision, base=base, dtype=dtype, force=force)
+    print_written(folder, form, as_json=as_json)

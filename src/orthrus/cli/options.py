@@ -1,0 +1,63 @@
+"""The options that more than one command takes, and the check that an option which does nothing is refused."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+BUNDLED = Path(__file__).parents[1] / "assets" / "tiny"
+"""The model that comes with the package."""
+
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", metavar="ID|FOLDER", help="Checkpoint; the bundled model by default.")
+]
+Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a Hub checkpoint.")]
+Base = Annotated[
+    str | None, typer.Option(metavar="ID|FOLDER", help="Where a view file's base lies, if not where the file says.")
+]
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+Dtype = Annotated[str, typer.Option(metavar="|".join(DTYPES), help="Number format; auto is the checkpoint's own.")]
+Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="cuda, cuda:1, cpu ...; CUDA where there is one.")]
+Attention = Annotated[
+    str, typer.Option("--attn", metavar="NAME", help="eager, sdpa, flash_attention_2, or a kernel's Hub name.")
+]
+Exact = Annotated[
+    bool | None,
+    typer.Option("--exact/--no-exact", help="Give every pass one fixed shape, so bf16 text equals plain decoding's."),
+]
+BlockSize = Annotated[
+    int | None, typer.Option(metavar="K", help="Positions per cycle, anchor included; at most the trained number.")
+]
+NoDiffusion = Annotated[bool, typer.Option("--no-diffusion", help="Plain decoding: one token at a time.")]
+Temperature = Annotated[float, typer.Option(metavar="T", help="0 is greedy.")]
+TopK = Annotated[int | None, typer.Option(metavar="N", help="Keep the N likeliest tokens.")]
+TopP = Annotated[float | None, typer.Option(metavar="P", help="Keep the likeliest tokens up to probability P.")]
+MinP = Annotated[float | None, typer.Option(metavar="P", help="Drop tokens below P times the likeliest.")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same text, with and without drafting.")]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Stop at this text; may be repeated.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite a folder that is not empty.")]
+
+
+def refuse(option: str, reason: str, *, when: bool) -> None:
+    """Raise the error of an option that would be accepted and ignored."""
+    if when:
+        raise ValueError(f"{option} {reason}")
+
+
+def sampling_fields(
+    *, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None, seed: int | None
+) -> dict[str, Any]:
+    """The fields of a `Sampling`, refusing filters that greedy decoding would ignore."""
+    filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+    given = {name: value for name, value in filters.items() if value is not None}
+    for name in given:
+        flag = f"--{name.replace('_', '-')}"
+        refuse(flag, "has no effect on greedy decoding; add --temperature", when=temperature == 0)
+    return {"temperature": temperature, "seed": seed, **given}
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a number format that no command computes in."""
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")

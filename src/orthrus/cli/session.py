@@ -1,0 +1,200 @@
+"""What `generate` and `chat` share: a model with its tokenizer, and an answer read from the step loop.
+
+This module imports torch; commands import it when they run.
+"""
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from orthrus import __version__
+from orthrus.cli.options import BUNDLED, check_dtype
+from orthrus.decoding.decoder import Decoder, Record, Request
+from orthrus.decoding.portable import PortableBackend
+from orthrus.decoding.stats import DecodingStats
+from orthrus.decoding.stopping import Stopping
+from orthrus.model.checkpoint import load_model, load_tokenizer
+
+Show = Callable[[Record], None]
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """One finished request: its tokens and what they cost, the loading of the model excluded."""
+
+    token_ids: list[int]
+    finish_reason: str | None
+    """"stop", "length", or None for an answer that was interrupted."""
+    stats: DecodingStats
+    prefill_s: float
+    decode_s: float
+    """Wall time of all cycles: everything behind the first token, which prefill gives."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens behind the first per second of decoding."""
+        return (len(self.token_ids) - 1) / self.decode_s if self.decode_s > 0 else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields of the JSON document that describe decoding."""
+        return {
+            "num_tokens": len(self.token_ids),
+            "finish_reason": self.finish_reason,
+            "prefill_seconds": self.prefill_s,
+            "decode_seconds": self.decode_s,
+            "tokens_per_second": self.tokens_per_second,
+            "stats": self.stats.as_dict(),
+        }
+
+
+@dataclass(kw_only=True)
+class Session:
+    """A loaded model, its tokenizer and its decoding loop."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    backend: PortableBackend
+    decoder: Decoder
+    attn: str
+
+    def eos_token_ids(self) -> frozenset[int]:
+        """The tokens that end an answer: the generation config's, else the tokenizer's."""
+        ids = self.model.generation_config.eos_token_id
+        if ids is None:
+            ids = self.tokenizer.eos_token_id
+        if ids is None:
+            return frozenset()
+        return frozenset([ids] if isinstance(ids, int) else ids)
+
+    def stopping(self, prompt_ids: Sequence[int], *, max_new_tokens: int, stop: Sequence[str] = ()) -> Stopping:
+        """When an answer to this prompt ends: no later than where the context does."""
+        room = self.model.config.max_position_embeddings - len(prompt_ids)
+        return Stopping(
+            # A prompt that leaves no room at all is refused by the decoder, which says so better.
+            max_new_tokens=min(max_new_tokens, room) if room > 0 else max_new_tokens,
+            eos_token_ids=self.eos_token_ids(),
+            stop_strings=tuple(stop),
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text."""
+        return self.tokenizer(text)["input_ids"]
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation up to where the model's turn begins."""
+        if not self.tokenizer.chat_template:
+            raise ValueError(f"{self.name} has no chat template; use `orthrus generate` to continue plain text")
+        return self.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids without the special ones."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def facts(self) -> dict[str, Any]:
+        """What a number measured here depends on."""
+        return {
+            "model": self.name,
+            "device": str(self.model.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "backend": "portable",
+            "exact": self.backend.exact,
+            "attn_implementation": self.attn,
+            "block_size": self.decoder.block_size,
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+        }
+
+
+def open_session(
+    *,
+    model: str | None,
+    revision: str | None,
+    base: str | None,
+    dtype: str,
+    device: str | None,
+    attn: str,
+    exact: bool | None,
+    block_size: int | None,
+) -> Session:
+    """Load a checkpoint as the command line names it."""
+    check_dtype(dtype)
+    if model is None and not BUNDLED.is_dir():
+        raise ValueError(f"this installation has no bundled model ({BUNDLED}); name a checkpoint with --model")
+    quiet()
+    where = model or str(BUNDLED)
+    loaded = load_model(
+        where, revision=revision, base=base, dtype=dtype, device=pick_device(device), attn_implementation=attn
+    )
+    tokenizer = load_tokenizer(where, revision=revision, base=base)
+    backend = PortableBackend(loaded, exact=exact)
+    return Session(
+        name=model or "the bundled model",
+        model=loaded,
+        tokenizer=tokenizer,
+        backend=backend,
+        decoder=Decoder(backend, block_size=block_size, tokenizer=tokenizer),
+        attn=attn,
+    )
+
+
+def quiet() -> None:
+    """Keep stderr for the user: no loading bars, no library warnings between the lines of an answer."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The named device, checked to be there; CUDA where there is one when none is named."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here: {reason}") from None
+    return device
+
+
+def run_request(decoder: Decoder, request: Request, *, show: Show | None = None) -> Answer:
+    """Decode one request to its end, showing each record as it is committed."""
+    started = time.perf_counter()
+    record = decoder.admit(request)
+    prefilled = time.perf_counter()
+    token_ids = list(record.token_ids)
+    try:
+        if show is not None:
+            show(record)
+        while record.finish_reason is None:
+            (record,) = decoder.step()
+            token_ids += record.token_ids
+            if show is not None:
+                show(record)
+        ended = time.perf_counter()
+        return Answer(
+            token_ids=token_ids,
+            finish_reason=record.finish_reason,
+            stats=decoder.stats(record.row),
+            prefill_s=prefilled - started,
+            decode_s=ended - prefilled,
+        )
+    finally:
+        decoder.release(record.row)
+
+
+def versions() -> dict[str, str]:
+    """The versions a result depends on."""
+    return {
+        "orthrus": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

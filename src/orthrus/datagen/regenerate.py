@@ -1,0 +1,172 @@
+"""The base's own continuations of training text, in bulk: what a view is trained on.
+
+A view is asked to predict what its base would write, so it learns most from what its base did write. Rows have one
+fixed length and no stopping rule, which lets thousands of them share one step: this is a data generator for small
+bases, not a decoder (docs/architecture.md says why it is apart from the decoding loop).
+
+    B = rows, P = prompt tokens, T = tokens of a row, L = layers, G = key/value heads, R = query heads of one
+    key/value head, H = head dimension, V = vocabulary
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from orthrus.model.attention import causal_attend, run_layers
+from orthrus.model.modeling import OrthrusLM
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutStage:
+    """The base's own continuations of training text: what the view is trained on."""
+
+    prompt_tokens: tuple[int, ...] = (32, 128, 256)
+    """Prompt lengths, in equal shares; a row is always `row_tokens` long."""
+    row_tokens: int = 512
+    rows_per_batch: int = 4096
+    num_batches: int = 30
+    sampled_share: float = 0.2
+    """Share of rows sampled at `temperature`; the others are greedy."""
+    temperature: float = 0.8
+    sources: tuple[str, ...] = ("train", "val")
+    """Token streams that prompts are cut from, in equal shares: text the base has seen, and text it has not."""
+    min_tokens: int = 48
+    """Rows that begin to loop earlier than this many tokens behind their prompt are dropped."""
+    max_seconds: float | None = None
+
+
+class RowCache:
+    """Keys and values of B rows that all have the same length. [L, B, G, T, H] each."""
+
+    def __init__(self, model: OrthrusLM, num_rows: int, num_tokens: int):
+        c, weight = model.config, model.model.embed_tokens.weight
+        shape = (c.num_hidden_layers, num_rows, c.num_key_value_heads, num_tokens, c.head_dim)
+        self.keys = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+
+    def attend(self, attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write k and v behind what is there, then attend causally over all of it."""
+        layer, start, end = attention.layer_idx, self.length, self.length + q.shape[2]
+        self.keys[layer, :, :, start:end] = k
+        self.values[layer, :, :, start:end] = v
+        if start == 0:
+            return causal_attend(attention, q, k, v)
+        assert q.shape[2] == 1, "either the whole prompt or one token at a time"
+        # Two plain products over the heads of a group: a fused kernel pads one query to a tile of 64 or 128.
+        q_BGRH = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
+        scores_BGRT = q_BGRH @ self.keys[layer, :, :, :end].mT * attention.scaling
+        weights_BGRT = scores_BGRT.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
+        return (weights_BGRT @ self.values[layer, :, :, :end]).flatten(1)[:, None]
+
+
+@torch.no_grad()
+def continue_rows(
+    model: OrthrusLM, prompts_BP: Tensor, num_tokens: int, temperature_B1: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Each prompt continued to `num_tokens` tokens, by argmax where its temperature is 0, else by sampling. [B, T]."""
+    num_rows, num_prompt = prompts_BP.shape
+    cache = RowCache(model, num_rows, num_tokens)
+    ids_BT = torch.empty(num_rows, num_tokens, dtype=torch.long, device=prompts_BP.device)
+    ids_BT[:, :num_prompt] = prompts_BP
+    new_BT, greedy_B1 = prompts_BP, temperature_B1 == 0
+    for position in range(num_prompt, num_tokens):
+        positions_1T = torch.arange(cache.length, position, device=prompts_BP.device)[None]
+        hidden_BTD = run_layers(model.model, new_BT, positions_1T, cache.attend, "ar")
+        cache.length = position
+        logits_BV = model.logits(hidden_BTD[:, -1]).float()
+        # argmax(logits / t + Gumbel noise) is a sample at temperature t; no division at t = 0.
+        noise_BV = -torch.empty_like(logits_BV).exponential_(generator=generator).log()
+        noisy_BV = logits_BV + noise_BV * temperature_B1
+        new_BT = torch.where(greedy_B1, logits_BV, noisy_BV).argmax(dim=-1, keepdim=True)
+        ids_BT[:, position] = new_BT[:, 0]
+    return ids_BT
+
+
+def is_new_ngram(ids_BT: Tensor, first_B: Tensor, *, ngram: int = 4) -> Tensor:
+    """new[b, t]: the n-gram that starts at t >= first[b] does not start anywhere in first[b] .. t - 1. [B, T - n + 1]."""
+    grams_BGn = ids_BT.unfold(1, ngram, 1)
+    # A prime beyond the vocabulary keeps different n-grams apart up to wrap-around.
+    multipliers_n = torch.tensor([1_000_003**i % 2**61 for i in range(ngram)], device=ids_BT.device)
+    keys_BG = (grams_BGn * multipliers_n).sum(dim=-1)
+    inside_BG = torch.arange(keys_BG.shape[1], device=ids_BT.device) >= first_B[:, None]
+    sorted_BG, order_BG = keys_BG.masked_fill(~inside_BG, -(2**62)).sort(dim=1, stable=True)
+    fresh_BG = F.pad(sorted_BG[:, 1:] != sorted_BG[:, :-1], (1, 0), value=True)
+    return torch.zeros_like(inside_BG).scatter(1, order_BG, fresh_BG) & inside_BG
+
+
+def loop_start(ids_BT: Tensor, first_B: Tensor, *, window: int = 48, min_new: float = 0.4) -> Tensor:
+    """Where each row begins to run in circles: the first t >= first[b] of whose next `window` 4-grams less than
+    `min_new` are new; the row's length where that never happens. [B].
+    """
+    new_BG = is_new_ngram(ids_BT, first_B)
+    share_BW = new_BG.float().unfold(1, window, 1).mean(dim=-1)
+    inside_BW = torch.arange(share_BW.shape[1], device=ids_BT.device) >= first_B[:, None]
+    loops_BW = (share_BW < min_new) & inside_BW
+    never_B = torch.full_like(first_B, ids_BT.shape[1])
+    return torch.where(loops_BW.any(dim=1), loops_BW.int().argmax(dim=1), never_B)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnRows:
+    """Rows that a base wrote: ids [rows, T] int16, and the first and the last place of an anchor in each, [rows]."""
+
+    ids: Tensor
+    first: Tensor
+    last: Tensor
+
+
+def rollouts(model: OrthrusLM, prompt_tokens: np.ndarray, stage: RolloutStage, *, seed: int) -> tuple[OwnRows, dict]:
+    """The base's continuations of prompts cut at random from a token stream, and counts.
+
+    Anchors may stand from the first new token up to where a loop begins; rows with fewer than `min_tokens` such places
+    are dropped.
+    """
+    device = model.model.embed_tokens.weight.device
+    stream = torch.from_numpy(prompt_tokens.astype(np.int32)).to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    started, parts, made = time.perf_counter(), [], 0
+    for batch in range(stage.num_batches):
+        if stage.max_seconds is not None and time.perf_counter() - started > stage.max_seconds:
+            break
+        num_prompt = stage.prompt_tokens[batch % len(stage.prompt_tokens)]
+        shape = (stage.rows_per_batch, 1)
+        starts_B1 = torch.randint(len(stream) - num_prompt, shape, generator=generator, device=device)
+        prompts_BP = stream[starts_B1 + torch.arange(num_prompt, device=device)].long()
+        sampled_B1 = torch.rand(shape, generator=generator, device=device) < stage.sampled_share
+        ids_BT = continue_rows(model, prompts_BP, stage.row_tokens, sampled_B1 * stage.temperature, generator)
+        first_B = torch.full((len(ids_BT),), num_prompt, device=device)
+        last_B = loop_start(ids_BT, first_B).clamp(max=stage.row_tokens - model.config.block_size)
+        keep_B = last_B - first_B >= stage.min_tokens
+        made += len(ids_BT)
+        parts.append((ids_BT[keep_B].short(), first_B[keep_B], last_B[keep_B]))
+    own = OwnRows(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    places = int((own.last - own.first + 1).sum())
+    counts = {"rows_made": made, "rows_kept": len(own.ids), "anchor_places": places}
+    return own, counts | {"seconds": time.perf_counter() - started}
+
+
+def training_rows(
+    own: OwnRows, tokens: np.ndarray, *, rows_per_pass: int, real_share: float, block_size: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Endless micro-batches of (ids [B, T], first anchor [B], last anchor [B]): own rows, corpus rows among them."""
+    device, num_tokens = own.ids.device, own.ids.shape[1]
+    stream = torch.from_numpy(tokens.astype(np.int32)).to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    num_real = round(rows_per_pass * real_share)
+    num_own = rows_per_pass - num_real
+    assert len(own.ids) >= num_own, "fewer rollouts than one micro-batch needs"
+    first_R = torch.ones(num_real, dtype=torch.long, device=device)
+    last_R = torch.full_like(first_R, num_tokens - block_size)
+    while True:
+        order = torch.randperm(len(own.ids), generator=generator, device=device)
+        for pick in order[: len(order) // num_own * num_own].split(num_own):
+            starts_R1 = torch.randint(len(stream) - num_tokens, (num_real, 1), generator=generator, device=device)
+            real_RT = stream[starts_R1 + torch.arange(num_tokens, device=device)]
+            rows_BT = torch.cat([own.ids[pick].int(), real_RT]).long()
+            yield rows_BT, torch.cat([own.first[pick], first_R]), torch.cat([own.last[pick], last_R])

@@ -1,0 +1,266 @@
+"""The one decoding loop: rows of different lengths, admitted and released at any time, one cycle a step.
+
+Before a cycle each row's cache holds exactly the tokens before its anchor (the last token, not cached yet). A cycle
+drafts up to block_size - 1 tokens, keeps A of them and adds one: the correction or the bonus token, the new anchor.
+`generate`, the command line, the server and the evaluator are readers of `step`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import MinNewTokensLengthLogitsProcessor
+
+from orthrus.decoding.row import Backend, Cycle, Outcome, Processor, Row
+from orthrus.decoding.sampling import Sampling
+from orthrus.decoding.stats import DecodingStats
+from orthrus.decoding.stopping import Criteria, FinishReason, StopCheck, Stopping
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One sequence to decode."""
+
+    prompt_ids: Sequence[int]
+    stopping: Stopping
+    sampling: Sampling = Sampling()
+    logits_processor: Processor | None = None
+    """processor(ids [1, n], scores [1, V]) -> scores: applied to both views, position by position, with the prefix the
+    position has. It must depend on nothing but its arguments."""
+    stopping_criteria: Criteria | None = None
+    """criteria(ids [1, n], scores) -> bool tensor, asked at every committed position."""
+    drafting: bool = True
+    """False decodes one token at a time with the AR view: the same loop at width 0."""
+    logprobs: bool = False
+    """Whether records carry log-probabilities (of the AR view's logits, before processors and temperature)."""
+    logits: bool = False
+    """Whether records carry the logits and the processed scores of each token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """What one row gained in one step."""
+
+    row: int
+    token_ids: tuple[int, ...]
+    num_drafted: int
+    num_accepted: int
+    """Drafts among `token_ids`."""
+    finish_reason: FinishReason | None
+    logprobs: tuple[float, ...] | None
+    draft_ms: float
+    """This row's share of the draft pass's time; shares of a batch add up to the pass."""
+    verify_ms: float
+    """This row's share of the verify pass's time (of the prefill's, in the record that `admit` returns)."""
+    draft_ids: tuple[int, ...]
+    """What was proposed, accepted or not."""
+    logits: Tensor | None = None
+    """[n, V] float32 when asked for."""
+    scores: Tensor | None = None
+    """[n, V] float32 when asked for: the logits after processors and warpers."""
+
+
+class _Sequence:
+    """A row's side of the loop: what the backend does not need to know."""
+
+    def __init__(self, row: Row, request: Request, stop: StopCheck, min_length: Processor | None):
+        self.row = row
+        self.request = request
+        self.stop = stop
+        self.min_length = min_length
+        self.stats = DecodingStats(block_size=row.block_size)
+        self.is_finished = False
+        self.scores: tuple[Tensor, ...] | None = () if request.logits else None
+
+    @property
+    def num_new(self) -> int:
+        return len(self.row.tokens) - self.row.num_prompt
+
+    def plan(self, *, drafting: bool) -> None:
+        """Set the next pass's width and processors."""
+        stopping = self.request.stopping
+        room = stopping.max_new_tokens - self.num_new
+        self.row.width = min(self.row.block_size, room) - 1 if drafting else 0
+        processor = self.request.logits_processor
+        if self.min_length is not None and self.num_new < stopping.min_new_tokens:
+            processor = self.min_length if processor is None else _chain(processor, self.min_length)
+        self.row.processor = processor
+
+
+def _chain(first: Processor, second: Processor) -> Processor:
+    return lambda ids, scores: second(ids, first(ids, scores))
+
+
+class Decoder:
+    """Rows in decoding over one backend."""
+
+    def __init__(self, backend: Backend, *, block_size: int | None = None, tokenizer: Any = None):
+        largest = backend.max_block_size
+        block_size = largest if block_size is None else block_size
+        if not 2 <= block_size <= largest:
+            raise ValueError(f"block_size must be 2 .. {largest} (the trained size), got {block_size}")
+        self.block_size = block_size
+        self._backend = backend
+        self._tokenizer = tokenizer
+        self._sequences: dict[int, _Sequence] = {}
+        self._num_admitted = 0
+
+    @property
+    def active(self) -> set[int]:
+        """Rows that are not finished."""
+        return {index for index, sequence in self._sequences.items() if not sequence.is_finished}
+
+    def stats(self, row: int) -> DecodingStats:
+        """What decoding this row took so far."""
+        return self._sequences[row].stats
+
+    def tokens(self, row: int) -> list[int]:
+        """The row's prompt and committed tokens."""
+        return list(self._sequences[row].row.tokens)
+
+    def admit(self, request: Request, *, reuse_row: int | None = None) -> Record:
+        """Prefill a request; the record carries its first token and its row.
+
+        `reuse_row` names a finished, unreleased row: the longest prefix that its cache shares with the prompt is kept
+        and only the rest is prefilled.
+        """
+        num_kept = 0 if reuse_row is None else self._shared_prefix(request, reuse_row)
+        index = self._num_admitted if reuse_row is None else reuse_row
+        sequence = self._new_sequence(request, index)
+        sequence.plan(drafting=False)
+        try:
+            cycle = self._backend.prefill(sequence.row, num_kept=num_kept)
+        except BaseException:
+            # A prefill that fails (a processor may raise) leaves no half-admitted row behind.
+            self._sequences.pop(index, None)
+            self._backend.release(index)
+            raise
+        self._num_admitted += reuse_row is None
+        self._sequences[index] = sequence
+        return self._advance(sequence, cycle.outcomes[0], cycle, num_rows=1, is_prefill=True)
+
+    def step(self) -> list[Record]:
+        """One cycle for all unfinished rows; a record for each, in order of admission."""
+        sequences = [sequence for sequence in self._sequences.values() if not sequence.is_finished]
+        if not sequences:
+            return []
+        for sequence in sequences:
+            row = sequence.row
+            assert self._backend.length(row.index) == row.num_cached, (
+                f"row {row.index}: {self._backend.length(row.index)} cached tokens, {row.num_cached} before the anchor"
+            )
+            sequence.plan(drafting=sequence.request.drafting)
+        cycle = self._backend.cycle([sequence.row for sequence in sequences])
+        return [
+            self._advance(sequence, outcome, cycle, num_rows=len(sequences))
+            for sequence, outcome in zip(sequences, cycle.outcomes, strict=True)
+        ]
+
+    def release(self, row: int) -> None:
+        """Forget a row, finished or not."""
+        if row not in self._sequences:
+            raise ValueError(f"row {row} is not admitted")
+        del self._sequences[row]
+        self._backend.release(row)
+
+    def stream(self, request: Request, *, reuse_row: int | None = None) -> Iterator[Record]:
+        """Decode one request to its end; the row is released when the iteration ends, however it ends."""
+        record = self.admit(request, reuse_row=reuse_row)
+        try:
+            yield record
+            while record.finish_reason is None:
+                record = next(r for r in self.step() if r.row == record.row)
+                yield record
+        finally:
+            self.release(record.row)
+
+    def _new_sequence(self, request: Request, index: int) -> _Sequence:
+        prompt = list(request.prompt_ids)
+        if not prompt:
+            raise ValueError("the prompt is empty; decoding needs at least one token")
+        if len(prompt) >= self._backend.max_positions:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens, the model's context is {self._backend.max_positions}: shorten it"
+            )
+        sampling, stopping = request.sampling, request.stopping
+        seed = 0
+        if sampling.effective_rule != "greedy":
+            seed = int(torch.randint(2**63 - 1, ())) if sampling.seed is None else sampling.seed
+        row = Row(
+            index=index,
+            tokens=prompt,
+            num_prompt=len(prompt),
+            max_tokens=len(prompt) + stopping.max_new_tokens,
+            block_size=self.block_size,
+            sampling=sampling,
+            seed=seed,
+            wants_logprobs=request.logprobs,
+            wants_logits=request.logits,
+        )
+        stop = StopCheck(
+            stopping,
+            num_prompt=len(prompt),
+            tokenizer=self._tokenizer,
+            criteria=request.stopping_criteria,
+            device=self._backend.device,
+        )
+        min_length = None
+        if stopping.min_new_tokens and stopping.eos_token_ids:
+            eos = sorted(stopping.eos_token_ids)
+            min_length = MinNewTokensLengthLogitsProcessor(
+                len(prompt), stopping.min_new_tokens, eos, device=self._backend.device
+            )
+        return _Sequence(row, request, stop, min_length)
+
+    def _shared_prefix(self, request: Request, row: int) -> int:
+        """Cached tokens of a finished row that the prompt begins with, at most all but its last."""
+        if row not in self._sequences:
+            raise ValueError(f"reuse_row: row {row} is not admitted")
+        if not self._sequences[row].is_finished:
+            raise ValueError(f"reuse_row: row {row} is not finished")
+        cached = self._sequences[row].row.tokens[: self._backend.length(row)]
+        limit = min(len(cached), len(request.prompt_ids) - 1)
+        return next((i for i in range(limit) if cached[i] != request.prompt_ids[i]), max(limit, 0))
+
+    def _advance(
+        self, sequence: _Sequence, outcome: Outcome, cycle: Cycle, *, num_rows: int, is_prefill: bool = False
+    ) -> Record:
+        """Enter a row's outcome: cut at a stop, roll the cache back to before the anchor, count, report."""
+        row = sequence.row
+        row.tokens.extend(outcome.tokens)
+        if sequence.scores is not None and outcome.scores is not None:
+            sequence.scores += tuple(outcome.scores.unsqueeze(1).unbind(0))
+        num_kept, reason = sequence.stop.cut(row.tokens, len(outcome.tokens), sequence.scores)
+        num_cut = len(outcome.tokens) - num_kept
+        if num_cut:
+            del row.tokens[-num_cut:]
+            self._backend.truncate(row.index, row.num_cached)
+        sequence.is_finished = reason is not None
+        # A cut before the last token drops the bonus first, then drafts.
+        num_accepted = min(outcome.num_accepted, num_kept)
+        draft_ms, verify_ms = cycle.draft_ms / num_rows, cycle.verify_ms / num_rows
+        if is_prefill:
+            sequence.stats.count_prefill(num_tokens=num_kept, milliseconds=verify_ms)
+        else:
+            sequence.stats.count_cycle(
+                num_drafted=row.width,
+                num_accepted=num_accepted,
+                num_tokens=num_kept,
+                draft_ms=draft_ms,
+                verify_ms=verify_ms,
+            )
+        return Record(
+            row=row.index,
+            token_ids=tuple(row.tokens[-num_kept:]),
+            num_drafted=0 if is_prefill else row.width,
+            num_accepted=num_accepted,
+            finish_reason=reason,
+            logprobs=None if outcome.logprobs is None else tuple(outcome.logprobs[:num_kept]),
+            draft_ms=draft_ms,
+            verify_ms=verify_ms,
+            draft_ids=tuple(outcome.drafts),
+            logits=None if outcome.logits is None else outcome.logits[:num_kept],
+            scores=None if outcome.scores is None else outcome.scores[:num_kept],
+        )

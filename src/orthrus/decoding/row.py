@@ -1,0 +1,94 @@
+"""One sequence in decoding as a backend sees it, and what a backend answers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from orthrus.decoding.sampling import Sampling
+
+Processor = Callable[[Tensor, Tensor], Tensor]
+"""processor(ids [1, n], scores [1, V]) -> scores [1, V]: the scores of the token that follows those ids."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Row:
+    """A sequence: the tokens so far (the last is the anchor, not cached yet) and how its next ones are chosen."""
+
+    index: int
+    tokens: list[int]
+    num_prompt: int
+    max_tokens: int
+    """Prompt and new tokens together, at most; a backend may size its cache by it."""
+    block_size: int
+    sampling: Sampling
+    seed: int
+    width: int = 0
+    """Drafts wanted in the next cycle, 0 .. block_size - 1; 0 is plain AR decoding."""
+    processor: Processor | None = None
+    wants_logprobs: bool = False
+    wants_logits: bool = False
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens before the anchor: the length that the row's cache must have before a cycle."""
+        return len(self.tokens) - 1
+
+
+@dataclass(kw_only=True, slots=True)
+class Outcome:
+    """What one pass or cycle decided for one row."""
+
+    tokens: list[int]
+    """Accepted drafts, then the correction or bonus token."""
+    drafts: list[int]
+    """Everything that was proposed, accepted or not."""
+    logprobs: list[float] | None = None
+    """log p of each token under the AR view's own logits, before processors and temperature."""
+    logits: Tensor | None = None
+    """The AR view's logits of each token, float32 [n, V], when wanted."""
+    scores: Tensor | None = None
+    """The same after processors and warpers."""
+
+    @property
+    def num_accepted(self) -> int:
+        """Drafts kept."""
+        return len(self.tokens) - 1
+
+
+@dataclass(kw_only=True, slots=True)
+class Cycle:
+    """The outcomes of one cycle, in the order the rows were given in, and the time of its passes."""
+
+    outcomes: list[Outcome]
+    draft_ms: float
+    verify_ms: float
+
+
+class Backend(Protocol):
+    """What the loop needs from whoever runs the model (DESIGN section 4)."""
+
+    max_block_size: int
+    max_positions: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backend's tensors live."""
+        ...
+
+    def prefill(self, row: Row, *, num_kept: int = 0) -> Cycle:
+        """Cache the row's tokens (the first `num_kept` are cached already) and choose the one that follows them."""
+
+    def cycle(self, rows: list[Row]) -> Cycle:
+        """Draft `row.width` tokens for each row, verify, accept, and commit A + 1 positions of each row's cache."""
+
+    def release(self, row: int) -> None:
+        """Forget a row."""
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget a row's cached tokens from `length` on."""
+
+    def length(self, row: int) -> int:
+        """Cached tokens of a row."""

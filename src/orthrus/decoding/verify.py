@@ -1,0 +1,68 @@
+"""Which drafts survive, and the token that follows them: pure functions of fixed shape that never touch the host.
+
+A wrong verifier writes plausible wrong text, so each function here has a slow twin in tests/decoding and is summed
+over all its randomness on a tiny vocabulary. `widths` counts a row's real drafts; columns beyond it are padding.
+
+    B = rows, W = positions of the verify pass (the anchor's and J drafts'), J = W - 1, V = vocabulary
+"""
+
+import torch
+from torch import Tensor
+
+from orthrus.decoding.sampling import pick_inverse_cdf
+
+RESIDUAL_FLOOR = 1e-5
+"""A residual of no more mass than this is rounding: p and q agree there, and p itself is drawn from (official code)."""
+
+
+def count_leading(kept_BJ: Tensor, widths_B: Tensor) -> Tensor:
+    """A: how many drafts stand before the first that is not kept, at most the row's width. [B]."""
+    real_BJ = torch.arange(kept_BJ.shape[1], device=kept_BJ.device) < widths_B[:, None]
+    return (kept_BJ & real_BJ).long().cumprod(dim=1).sum(dim=1)
+
+
+def accept_equal(drafts_BJ: Tensor, targets_BW: Tensor, widths_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Greedy and coupled: a draft is kept iff it is the token the AR view chooses there. (A [B], committed [B, W]).
+
+    Row b commits its first A + 1 entries: drafts up to A equal the targets, and entry A is the correction or bonus.
+    """
+    return count_leading(drafts_BJ == targets_BW[:, :-1], widths_B), targets_BW
+
+
+def count_accepted(p_BWV: Tensor, q_BJV: Tensor, drafts_BJ: Tensor, widths_B: Tensor, u_BJ: Tensor) -> Tensor:
+    """Speculative: draft v of column j survives with probability min(1, p(v) / q(v)). A, [B]."""
+    index_BJ1 = drafts_BJ[..., None]
+    p_BJ = p_BWV[:, :-1].gather(-1, index_BJ1).squeeze(-1)
+    q_BJ = q_BJV.gather(-1, index_BJ1).squeeze(-1)
+    # "<", not "<=": u can be 0 in principle, and a draft with p = 0 must never pass.
+    return count_leading(u_BJ * q_BJ < p_BJ, widths_B)
+
+
+def residual(p_BV: Tensor, q_BV: Tensor) -> Tensor:
+    """The law after a rejection: norm((p - q)+), or p where that has next to no mass. [B, V]."""
+    rest_BV = (p_BV - q_BV).clamp(min=0)
+    mass_B1 = rest_BV.sum(-1, keepdim=True)
+    return torch.where(mass_B1 <= RESIDUAL_FLOOR, p_BV, rest_BV / mass_B1)
+
+
+def accept_speculative(
+    p_BWV: Tensor, q_BJV: Tensor, drafts_BJ: Tensor, widths_B: Tensor, u_accept_BJ: Tensor, u_next_BW: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Speculative sampling: (A [B], committed [B, W]); row b commits its first A + 1 entries.
+
+    Entry A is drawn with u_next[b, A]: from the residual where draft A was rejected, from p where none was.
+    """
+    num_accepted_B = count_accepted(p_BWV, q_BJV, drafts_BJ, widths_B, u_accept_BJ)
+    at_B11 = num_accepted_B[:, None, None]
+    p_BV = p_BWV.gather(1, at_B11.expand(-1, 1, p_BWV.shape[-1])).squeeze(1)
+    law_BV = p_BV
+    if drafts_BJ.shape[1]:
+        last = q_BJV.shape[1] - 1
+        q_BV = q_BJV.gather(1, at_B11.clamp(max=last).expand(-1, 1, q_BJV.shape[-1])).squeeze(1)
+        was_rejected_B1 = (num_accepted_B < widths_B)[:, None]
+        law_BV = torch.where(was_rejected_B1, residual(p_BV, q_BV), p_BV)
+    u_B1 = u_next_BW.gather(1, num_accepted_B[:, None])
+    next_B1 = pick_inverse_cdf(law_BV[:, None], u_B1)
+    columns_W = torch.arange(p_BWV.shape[1], device=p_BWV.device)
+    padded_BW = torch.cat([drafts_BJ, next_B1], dim=1)
+    return num_accepted_B, torch.where(columns_W < num_accepted_B[:, None], padded_BW, next_B1)

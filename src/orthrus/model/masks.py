@@ -1,0 +1,51 @@
+"""Who may see whom: every attention mask of the method, as pure functions of lengths and anchors.
+
+A wrong draft mask never corrupts text, it only lowers acceptance, so each mask here is proved element by element
+against the sentence in its docstring (tests/model/test_masks.py). True means visible.
+
+    B = rows, Q = queries of a pass, S = cache slots, K = block size, T = clean tokens of a training row, A = anchors
+"""
+
+import torch
+from torch import Tensor
+
+
+def draft_mask(lengths_B: Tensor, widths_B: Tensor, num_queries: int, num_slots: int) -> Tensor:
+    """visible[b, q, s] = s < lengths[b] + widths[b]: all of the prefix and the whole block, both ways. [B, Q, S].
+
+    `widths_B` is the number of block positions row b really drafts (anchor included); queries beyond it are padding
+    and see the same keys, so no row of the softmax is empty.
+    """
+    slots_S = torch.arange(num_slots, device=lengths_B.device)
+    visible_BS = slots_S < (lengths_B + widths_B)[:, None]
+    return visible_BS[:, None, :].expand(-1, num_queries, -1)
+
+
+def verify_mask(lengths_B: Tensor, num_queries: int, num_slots: int) -> Tensor:
+    """visible[b, q, s] = s <= lengths[b] + q: causal over the prefix and the block's own positions. [B, Q, S].
+
+    Prefill is the same mask: its queries start at slot lengths[b] too.
+    """
+    slots_S = torch.arange(num_slots, device=lengths_B.device)
+    queries_Q = torch.arange(num_queries, device=lengths_B.device)
+    last_BQ = lengths_B[:, None] + queries_Q
+    return slots_S <= last_BQ[:, :, None]
+
+
+def block_training_mask(
+    anchors_BA: Tensor, block_size: int, num_clean: int, document_BT: Tensor | None = None
+) -> Tensor:
+    """visible[b, q, k] for queries of all blocks over keys [T clean tokens ; A*K block positions]. [B, A*K, T+A*K].
+
+    For k < T: k < anchors[b, q // K] (and in the anchor's own document). Otherwise: (k - T) // K == q // K.
+    (method.md section 5: strictly before the anchor, and the whole own block.)
+    """
+    device = anchors_BA.device
+    block_Q = torch.arange(anchors_BA.shape[1] * block_size, device=device) // block_size
+    clean_T = torch.arange(num_clean, device=device)
+    sees_clean_BQT = clean_T < anchors_BA[:, block_Q][:, :, None]
+    if document_BT is not None:
+        document_of_query_BQ = document_BT.gather(1, anchors_BA)[:, block_Q]
+        sees_clean_BQT = sees_clean_BQT & (document_BT[:, None, :] == document_of_query_BQ[:, :, None])
+    sees_block_QQ = block_Q[:, None] == block_Q[None, :]
+    return torch.cat([sees_clean_BQT, sees_block_QQ.expand(len(anchors_BA), -1, -1)], dim=2)

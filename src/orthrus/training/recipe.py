@@ -1,0 +1,134 @@
+"""A recipe: every setting of a training run in one YAML file, read into frozen dataclasses that refuse what they do not know."""
+
+import dataclasses
+import hashlib
+import json
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orthrus.datagen.regenerate import RolloutStage
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """The architecture of a base that is trained from nothing (the bundled model)."""
+
+    vocab_size: int = 8192
+    hidden_size: int = 512
+    intermediate_size: int = 1024
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 64
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    block_size: int = 32
+    """Positions drafted together, the anchor included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseStage:
+    """Pretraining of the base by next-token cross-entropy."""
+
+    row_tokens: int = 1024
+    rows_per_step: int = 256
+    num_steps: int = 4000
+    max_seconds: float | None = None
+    """Wall-clock budget; the learning-rate schedule follows whichever of steps and seconds is further along."""
+    learning_rate: float = 4e-3
+    """On AdamW's scale; Muon's updates are scaled to match."""
+    weight_decay: float = 0.1
+    warmup_steps: int = 100
+    cooldown_share: float = 0.7
+    """Share of the run over which the learning rate falls linearly to zero."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewStage:
+    """Training of the diffusion view by forward KL to the frozen AR view."""
+
+    rows_per_step: int = 128
+    rows_per_pass: int = 32
+    num_anchors: int = 64
+    """Blocks a row."""
+    num_steps: int = 4000
+    max_seconds: float | None = None
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    cooldown_share: float = 0.7
+    position_decay: float | None = None
+    """None: the published position-uniform loss. A number d: weight exp(-j / d) for row j."""
+    real_share: float = 0.15
+    """Share of training rows that are corpus text instead of the base's own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """One run from corpus to view."""
+
+    name: str
+    seed: int = 0
+    shape: Shape = field(default_factory=Shape)
+    base: BaseStage = field(default_factory=BaseStage)
+    rollouts: RolloutStage = field(default_factory=RolloutStage)
+    view: ViewStage = field(default_factory=ViewStage)
+
+    def digest(self) -> str:
+        """The first 12 hex digits of the SHA-256 of all settings: two runs with one digest had one recipe."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a YAML recipe and apply `section.key=value` overrides.
+
+    Raises `ValueError` naming the key for an unknown key, a wrong type or an unreadable file.
+    """
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"recipe {path} cannot be read: {error}") from error
+    for override in overrides or []:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise ValueError(f"override {override!r} must be section.key=value")
+        *sections, last = key.split(".")
+        target = settings
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[last] = yaml.safe_load(value)
+    return build(Recipe, settings, "recipe")
+
+
+def build(kind: type, settings: Any, where: str) -> Any:
+    """A dataclass from plain settings, nested; every key and type checked, errors naming the key."""
+    if not isinstance(settings, dict):
+        raise ValueError(f"{where} must be a mapping, got {settings!r}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(settings) - set(fields)):
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(fields)}")
+    if "name" in fields and "name" not in settings:
+        raise ValueError(f"{where}: the key 'name' is missing")
+    return kind(**{name: convert(fields[name].type, value, f"{where}.{name}") for name, value in settings.items()})
+
+
+def convert(kind: Any, value: Any, where: str) -> Any:
+    """One setting as its field's type, or a `ValueError` naming it."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return build(kind, value, where)
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        item = typing.get_args(kind)[0]
+        return tuple(convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if kind in (float, float | None) and type(value) in (int, float, str):
+        try:  # YAML reads 1e-3, without a dot, as text.
+            return float(value)
+        except ValueError:
+            pass
+    if (kind == float | None and value is None) or type(value) is kind:
+        return value
+    raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r}")

@@ -1,0 +1,238 @@
+"""The training loops of the bundled model: its base from nothing, then its diffusion view.
+
+Both loops keep fp32 master copies of bf16 weights, use Muon for matrices and AdamW for the rest, and take their
+learning rate from `schedule`. Only the parameters handed to `Optimisers` change: for the view, the `*_diff` tensors.
+
+    B = rows, T = tokens of a row, A = anchors, K = block size, V = vocabulary
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from orthrus.config import OrthrusConfig
+from orthrus.model.modeling import OrthrusLM
+from orthrus.training.anchors import block_inputs, sample_anchors
+from orthrus.training.forward import ar_hidden, ar_pass, block_mask, block_pass
+from orthrus.training.loss import position_weights, view_loss
+from orthrus.training.muon import Muon
+from orthrus.training.recipe import BaseStage, Shape, ViewStage
+
+
+def schedule(progress: float, step: int, *, warmup_steps: int, cooldown_share: float) -> float:
+    """Learning-rate factor: linear warm-up in steps, then 1, then linear to 0 over the last `cooldown_share` of the run."""
+    warmup = min(1.0, (step + 1) / max(1, warmup_steps))
+    return warmup * min(1.0, max(0.0, (1.0 - progress) / cooldown_share))
+
+
+class Clock:
+    """How far a run is: the further of steps taken and seconds spent, from 0 to 1. Step 0, which compiles, takes no time."""
+
+    def __init__(self, num_steps: int, max_seconds: float | None):
+        self.num_steps, self.max_seconds = num_steps, max_seconds
+        self.started = time.perf_counter()
+
+    def progress(self, step: int) -> float:
+        """The share of the run behind us before step `step`."""
+        if step == 1:
+            self.started = time.perf_counter()
+        share = step / self.num_steps
+        timed = step > 0 and self.max_seconds is not None
+        return max(share, self.seconds() / self.max_seconds) if timed else share
+
+    def seconds(self) -> float:
+        """Seconds since step 1 began (since the start, before that)."""
+        return time.perf_counter() - self.started
+
+
+class Optimisers:
+    """Muon for matrices and AdamW for embeddings and norms, over fp32 masters of the model's weights."""
+
+    def __init__(self, named: dict[str, nn.Parameter], *, learning_rate: float, weight_decay: float):
+        self.learning_rate = learning_rate
+        self.weights = list(named.values())
+        self.masters = [w.detach().float().clone() for w in self.weights]
+        matrix = [w.dim() == 2 and "embed" not in name and "lm_head" not in name for name, w in named.items()]
+        muon = [m for m, is_matrix in zip(self.masters, matrix, strict=True) if is_matrix]
+        rest = [m for m, is_matrix in zip(self.masters, matrix, strict=True) if not is_matrix]
+        self.muon = Muon(muon, lr=learning_rate, weight_decay=weight_decay)
+        self.adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        if self.weights[0].is_cuda:
+            self.muon.compile()
+
+    @torch.no_grad()
+    def step(self, factor: float) -> Tensor:
+        """One clipped update at `factor` times the learning rate, from the weights' gradients; their global norm."""
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            assert weight.grad is not None, "a trained weight got no gradient"
+            master.grad = weight.grad.float()
+            weight.grad = None
+        norm = nn.utils.clip_grad_norm_(self.masters, 1.0)
+        for optimiser in (self.muon, self.adamw):
+            for group in optimiser.param_groups:
+                group["lr"] = self.learning_rate * factor
+            optimiser.step()
+        torch._foreach_copy_(self.weights, self.masters)
+        return norm
+
+
+def new_base(shape: Shape, *, seed: int, eos_token_id: int, mask_token_id: int) -> OrthrusLM:
+    """A freshly initialised model of this shape in bf16, its view a copy of its AR projections."""
+    torch.manual_seed(seed)
+    config = OrthrusConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=shape.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        tie_word_embeddings=True,
+        block_size=shape.block_size,
+        mask_token_id=mask_token_id,
+        eos_token_id=eos_token_id,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
+    return OrthrusLM(config).to(torch.bfloat16)
+
+
+def token_rows(
+    tokens: np.ndarray, *, row_tokens: int, rows_per_step: int, seed: int, device: torch.device
+) -> Iterator[Tensor]:
+    """Endless batches of `row_tokens + 1` neighbouring tokens: every epoch cuts the stream anew at a random offset. [B, T+1]."""
+    stream = torch.from_numpy(tokens.astype(np.int32)).to(device)
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        offset = int(torch.randint(row_tokens, (1,), generator=generator))
+        num_rows = (len(stream) - offset - 1) // row_tokens
+        assert num_rows >= rows_per_step, "the corpus is smaller than one step"
+        starts = torch.randperm(num_rows, generator=generator) * row_tokens + offset
+        for chunk in starts.split(rows_per_step)[: num_rows // rows_per_step]:
+            index_BT = chunk.to(device)[:, None] + torch.arange(row_tokens + 1, device=device)
+            yield stream[index_BT].long()
+
+
+def next_token_loss(model: OrthrusLM, ids_BT: Tensor) -> Tensor:
+    """Mean cross-entropy of each token given those before it, in nats."""
+    logits_BTV = model.logits(ar_hidden(model, ids_BT[:, :-1]))
+    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), ids_BT[:, 1:].flatten())
+
+
+def base_parameters(model: OrthrusLM) -> dict[str, nn.Parameter]:
+    """All parameters but the view's."""
+    view = model.view_parameters()
+    return {name: p for name, p in model.named_parameters() if name not in view}
+
+
+@dataclass(kw_only=True)
+class Log:
+    """One JSON line per report, to a file and to the terminal."""
+
+    path: Path
+    every: int = 50
+
+    def __call__(self, **values: float | int | str | list) -> None:
+        """Append one record."""
+        rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()}
+        line = json.dumps(rounded)
+        print(line, flush=True)
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+
+
+def train_base(model: OrthrusLM, tokens: np.ndarray, stage: BaseStage, *, seed: int, log: Log) -> int:
+    """Pretrain the base on a token stream; returns the number of steps taken."""
+    device = next(model.parameters()).device
+    for p in model.parameters():
+        p.requires_grad_(False)
+    trained = {name: p.requires_grad_(True) for name, p in base_parameters(model).items()}
+    optimisers = Optimisers(trained, learning_rate=stage.learning_rate, weight_decay=stage.weight_decay)
+    loss_of: Callable = torch.compile(next_token_loss) if device.type == "cuda" else next_token_loss
+    rows = token_rows(
+        tokens, row_tokens=stage.row_tokens, rows_per_step=stage.rows_per_step, seed=seed, device=device
+    )
+    clock = Clock(stage.num_steps, stage.max_seconds)
+    step = 0
+    while (progress := clock.progress(step)) < 1:
+        loss = loss_of(model, next(rows))
+        loss.backward()
+        factor = schedule(progress, step, warmup_steps=stage.warmup_steps, cooldown_share=stage.cooldown_share)
+        norm = optimisers.step(factor)
+        if step % log.every == 0:
+            log(stage="base", step=step, seconds=clock.seconds(), loss=loss.item(), norm=norm.item(), factor=factor)
+        step += 1
+    return step
+
+
+@torch.no_grad()
+def held_out_loss(model: OrthrusLM, tokens: np.ndarray, *, row_tokens: int = 1024) -> float:
+    """Mean cross-entropy in nats per token over whole rows of a held-out stream."""
+    device = next(model.parameters()).device
+    num_rows = (len(tokens) - 1) // row_tokens
+    losses = []
+    for i in range(num_rows):
+        row = torch.from_numpy(tokens[i * row_tokens : (i + 1) * row_tokens + 1].astype(np.int64)).to(device)
+        losses.append(next_token_loss(model, row[None]).item())
+    return float(np.mean(losses))
+
+
+def view_step_loss(
+    model: OrthrusLM, ids_BT: Tensor, anchors_BA: Tensor, weights_J: Tensor, mask: object
+) -> tuple[Tensor, Tensor]:
+    """Loss and survival (`loss.view_loss`) of one micro-batch: a frozen AR pass, then the block pass. (), [K-1]."""
+    block_size, mask_token_id = model.config.block_size, model.config.mask_token_id
+    with torch.no_grad():
+        hidden_BTD, clean = ar_pass(model, ids_BT)
+        teacher_BTV = model.logits(hidden_BTD)
+    blocks = block_inputs(ids_BT, anchors_BA, block_size=block_size, mask_token_id=mask_token_id)
+    hidden = block_pass(model, blocks, clean, mask)
+    student_BAKV = model.logits(hidden).unflatten(1, (-1, block_size))
+    return view_loss(teacher_BTV, student_BAKV, anchors_BA, weights_J)
+
+
+def train_view(
+    model: OrthrusLM, rows: Iterable[tuple[Tensor, Tensor, Tensor]], stage: ViewStage, *, seed: int, log: Log
+) -> int:
+    """Train the diffusion view; returns the number of steps taken.
+
+    `rows` yields micro-batches for ever: ids [B, T], and the first and last position of an anchor in each row, [B] both
+    (a block must end inside its row: last <= T - K).
+    """
+    device = next(model.parameters()).device
+    for p in model.parameters():
+        p.requires_grad_(False)
+    trained = {name: p.requires_grad_(True) for name, p in model.view_parameters().items()}
+    optimisers = Optimisers(trained, learning_rate=stage.learning_rate, weight_decay=stage.weight_decay)
+    loss_of: Callable = torch.compile(view_step_loss) if device.type == "cuda" else view_step_loss
+    block_size = model.config.block_size
+    weights_J = position_weights(block_size, stage.position_decay, device)
+    generator = torch.Generator(device).manual_seed(seed)
+    batches, clock = iter(rows), Clock(stage.num_steps, stage.max_seconds)
+    passes = stage.rows_per_step // stage.rows_per_pass
+    step = 0
+    while (progress := clock.progress(step)) < 1:
+        for _ in range(passes):
+            ids_BT, first_B, last_B = next(batches)
+            anchors_BA = sample_anchors(first_B, last_B, num_anchors=stage.num_anchors, generator=generator)
+            mask = block_mask(anchors_BA, block_size=block_size, num_clean=ids_BT.shape[1])
+            loss, survival_J = loss_of(model, ids_BT, anchors_BA, weights_J, mask)
+            (loss / passes).backward()
+        factor = schedule(progress, step, warmup_steps=stage.warmup_steps, cooldown_share=stage.cooldown_share)
+        norm = optimisers.step(factor)
+        if step % log.every == 0:
+            log(
+                stage="view", step=step, seconds=clock.seconds(), loss=loss.item(), norm=norm.item(), factor=factor,
+                survival=[round(a, 3) for a in survival_J.tolist()[::5]], n=1 + survival_J.sum().item(),
+            )  # fmt: skip
+        step += 1
+    return step

@@ -1,0 +1,97 @@
+"""L1 on a CPU: in bf16, the logits of every committed token have the same bits with and without drafting."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from orthrus.config import OrthrusConfig
+from orthrus.decoding.decoder import Decoder
+from orthrus.decoding.generate import OrthrusForCausalLM
+from orthrus.decoding.portable import PortableBackend
+from tests.decoding.subjects import RiggedBackend, decode_all, random_prompt, randomise, request
+
+BLOCK = 8
+NUM_NEW = 1 + BLOCK * (BLOCK + 1) // 2
+
+
+@cache
+def bf16_subject(implementation: str) -> OrthrusForCausalLM:
+    config = OrthrusConfig(
+        vocab_size=263, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True, block_size=BLOCK,
+        mask_token_id=262, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    config._attn_implementation = implementation
+    model = OrthrusForCausalLM(config).eval()
+    randomise(model, seed=1, std=0.15)
+    return model.to(torch.bfloat16)
+
+
+def decode_logits(backend: PortableBackend, prompts: list[list[int]], *, drafting: bool) -> tuple[list, list, list]:
+    """New tokens, their logits and the accepted counts, row by row."""
+    decoder = Decoder(backend, block_size=BLOCK)
+    requests = [request(prompt, NUM_NEW, drafting=drafting, logits=True) for prompt in prompts]
+    texts, records = decode_all(decoder, requests)
+    rows = range(len(prompts))
+    logits = [torch.cat([r.logits for r in records if r.row == row and r.logits is not None]) for row in rows]
+    accepted = [[r.num_accepted for r in records if r.row == row and r.num_drafted] for row in rows]
+    return texts, logits, accepted
+
+
+def differing_tokens(implementation: str, *, exact: bool, num_rows: int = 1) -> int:
+    """Tokens whose logits differ in some bit between AR decoding and drafting with every acceptance count."""
+    model = bf16_subject(implementation)
+    prompts = [random_prompt(9 + 30 * row, seed=row) for row in range(num_rows)]
+    texts, plain, _ = decode_logits(PortableBackend(model, exact=exact), prompts, drafting=False)
+    truth = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+    counts = list(range(BLOCK))
+    backend = RiggedBackend(model, truth, lambda row, cycle: counts[(cycle + row) % BLOCK], exact=exact)
+    drafted_texts, drafted, accepted = decode_logits(backend, prompts, drafting=True)
+    if exact:
+        assert drafted_texts == texts
+        assert set(accepted[0]) == set(range(BLOCK)), "some acceptance count was never forced"
+    differing = 0
+    for a, b in zip(plain, drafted, strict=True):
+        length = min(len(a), len(b))
+        differing += int((a[:length] != b[:length]).any(-1).sum())
+    return differing
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_exact_logits_have_the_same_bits_with_and_without_drafting(implementation: str):
+    assert differing_tokens(implementation, exact=True) == 0
+
+
+def test_exact_logits_have_the_same_bits_in_a_ragged_batch():
+    assert differing_tokens("sdpa", exact=True, num_rows=3) == 0
+
+
+def test_without_exact_some_bits_differ():
+    """The negative control: if this fails, the tests above prove nothing on this machine."""
+    assert differing_tokens("sdpa", exact=False) > 0
+
+
+def test_exact_rows_do_not_depend_on_the_batch():
+    model = bf16_subject("sdpa")
+    prompts = [random_prompt(9 + 30 * row, seed=row) for row in range(3)]
+    _, together, _ = decode_logits(PortableBackend(model), prompts, drafting=True)
+    for row, prompt in enumerate(prompts):
+        _, alone, _ = decode_logits(PortableBackend(model), [prompt], drafting=True)
+        assert torch.equal(alone[0], together[row]), f"row {row} has other bits in company"
+
+
+def test_exact_coupled_sampling_writes_the_same_text():
+    model = bf16_subject("sdpa")
+    for seed in range(3):
+        fields = dict(temperature=0.9, top_p=0.95, seed=seed)
+        plain, _ = decode_all(
+            Decoder(PortableBackend(model)), [request(random_prompt(7), 40, drafting=False, **fields)]
+        )
+        drafted, _ = decode_all(Decoder(PortableBackend(model)), [request(random_prompt(7), 40, **fields)])
+        assert plain == drafted
+
+
+def test_exact_is_the_default_in_low_precision_only():
+    assert PortableBackend(bf16_subject("sdpa")).exact
+    assert not PortableBackend(bf16_subject("sdpa"), exact=False).exact

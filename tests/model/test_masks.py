@@ -1,0 +1,71 @@
+"""Every mask against the sentence that defines it, element by element."""
+
+import itertools
+
+import pytest
+import torch
+
+from orthrus.model.masks import block_training_mask, draft_mask, verify_mask
+
+
+@pytest.mark.parametrize("num_queries", [1, 2, 5])
+def test_draft_mask_shows_prefix_and_whole_block(num_queries: int):
+    lengths, widths, num_slots = [0, 3, 7, 7], [num_queries, 1, num_queries, 1], 13
+    mask = draft_mask(torch.tensor(lengths), torch.tensor(widths), num_queries, num_slots)
+    assert mask.shape == (4, num_queries, num_slots) and mask.dtype == torch.bool
+    for b, q, s in itertools.product(range(4), range(num_queries), range(num_slots)):
+        in_prefix = s < lengths[b]
+        in_block = lengths[b] <= s < lengths[b] + widths[b]
+        truth = in_prefix or in_block
+        assert mask[b, q, s] == truth, f"row {b}, query {q}, slot {s}: the block must be seen both ways, whatever q"
+
+
+def test_draft_mask_leaves_no_softmax_row_empty():
+    mask = draft_mask(torch.tensor([0, 4]), torch.tensor([1, 1]), 6, 12)
+    assert mask.any(dim=2).all(), "a padding query without keys gives NaN, which spreads"
+
+
+@pytest.mark.parametrize("num_queries", [1, 2, 5])
+def test_verify_mask_is_causal_from_each_rows_own_length(num_queries: int):
+    lengths, num_slots = [0, 1, 6, 8], 14
+    mask = verify_mask(torch.tensor(lengths), num_queries, num_slots)
+    assert mask.shape == (4, num_queries, num_slots) and mask.dtype == torch.bool
+    for b, q, s in itertools.product(range(4), range(num_queries), range(num_slots)):
+        position = lengths[b] + q  # of the query; slots are positions
+        assert mask[b, q, s] == (s <= position), f"row {b}, query {q}, slot {s}: shorter rows must not see further"
+
+
+def test_verify_mask_of_one_query_is_plain_decoding():
+    assert verify_mask(torch.tensor([3]), 1, 6).tolist() == [[[True] * 4 + [False] * 2]]
+
+
+@pytest.mark.parametrize("block_size", [2, 3, 4])
+@pytest.mark.parametrize("documents", [None, [[0, 0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1, 2, 2]]])
+def test_training_mask_shows_tokens_before_the_anchor_and_the_own_block(block_size: int, documents: list | None):
+    anchors, num_clean = [[0, 2, 5], [4, 4, 8]], 9
+    document = torch.tensor(documents) if documents is not None else None
+    mask = block_training_mask(torch.tensor(anchors), block_size, num_clean, document)
+    num_queries = 3 * block_size
+    assert mask.shape == (2, num_queries, num_clean + num_queries) and mask.dtype == torch.bool
+    for b, q, k in itertools.product(range(2), range(num_queries), range(num_clean + num_queries)):
+        anchor = anchors[b][q // block_size]
+        if k < num_clean:
+            truth = k < anchor and (documents is None or documents[b][k] == documents[b][anchor])
+        else:
+            truth = (k - num_clean) // block_size == q // block_size
+        assert mask[b, q, k] == truth, f"row {b}, query {q}, key {k}, anchor {anchor}"
+
+
+def test_training_mask_hides_the_clean_anchor_from_its_own_block():
+    mask = block_training_mask(torch.tensor([[3]]), 2, 6)
+    assert not mask[0, :, 3].any(), "the anchor is in the block; seen twice, it would be counted twice"
+
+
+def test_training_mask_of_a_block_is_the_draft_mask_of_its_anchor():
+    block_size, num_clean = 4, 10
+    for anchor in range(num_clean - block_size):
+        train = block_training_mask(torch.tensor([[anchor]]), block_size, num_clean)[0]
+        seen = torch.cat([train[:, :anchor], train[:, num_clean:]], dim=1)
+        draft = draft_mask(torch.tensor([anchor]), torch.tensor([block_size]), block_size, anchor + block_size)[0]
+        assert torch.equal(seen, draft), "training and decoding must ask the view the same question"
+        assert not train[:, anchor:num_clean].any()
