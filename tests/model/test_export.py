@@ -143,6 +143,14 @@ def test_merged_tokenizer_is_the_bases(merged: Path, stock: Path):
     assert own.chat_template == base.chat_template
 
 
+def test_generation_config_is_made_from_config_json_when_the_base_has_none(tmp_path: Path, stock: Path):
+    bare = shutil.copytree(stock, tmp_path / "bare")
+    (bare / "generation_config.json").unlink()
+    fields = read_json(convert(bare, tmp_path / "out", form="merged") / "generation_config.json")
+    assert fields["eos_token_id"] == 257
+    assert "_from_model_config" not in fields, "transformers would make it anew from config.json while generating"
+
+
 # --- the mask token ----------------------------------------------------------------------------------------------
 
 
@@ -195,6 +203,13 @@ def test_force_replaces_a_checkpoint_and_an_empty_folder_needs_none(tmp_path: Pa
     convert(stock, out, block_size=4, force=True)
     assert load_model(out).config.block_size == 4
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing may be left beside it"
+
+
+def test_checkpoint_can_be_written_over_the_one_it_was_loaded_from(tmp_path: Path, merged: Path):
+    out = shutil.copytree(merged, tmp_path / "out")
+    truth = stored_bytes(out)
+    save_merged(load_model(out), out, force=True)
+    assert stored_bytes(out) == truth, "the files that the weights are mapped from were written over"
 
 
 @pytest.mark.parametrize("force", [True, False])

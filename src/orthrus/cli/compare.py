@@ -1,39 +1,16 @@
 """`orthrus generate --compare`: the same request with and without drafting, and an explanation of any difference."""
 
-import math
 import statistics
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from orthrus.cli.printer import TextPrinter, TracePrinter
 from orthrus.cli.session import Answer, Session, run_request
 from orthrus.decoding.decoder import Request
+from orthrus.evaluation.lossless import Divergence, find_divergence
 
 ROUNDS = 3
 """Timed runs of each kind, alternating, behind one run of each that warms up and is shown."""
-
-FEW_ULP = 4
-"""A gap of at most so many units in the last place of the larger logit is rounding: passes over different numbers of
-rows sum in different orders, and each of the two logits may move by a unit or two."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Divergence:
-    """Where two answers part, and how close the plain pass's decision was there."""
-
-    position: int
-    """Index of the first token that differs, counted from the first new token."""
-    gap: float
-    """Largest logit minus second largest of the AR view at that position."""
-    ulps: float
-    """The gap in units in the last place of the largest logit, in the model's dtype."""
-
-    @property
-    def is_rounding(self) -> bool:
-        """Whether the two candidates are equal up to rounding."""
-        return self.ulps <= FEW_ULP
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,14 +36,7 @@ class Comparison:
             "text": self.text,
             "mode": "compare",
             "identical": divergence is None,
-            "divergence": None
-            if divergence is None
-            else {
-                "position": divergence.position,
-                "logit_gap": divergence.gap,
-                "ulps": divergence.ulps,
-                "rounding": divergence.is_rounding,
-            },
+            "divergence": None if divergence is None else divergence.as_dict(),
             "plain": self.plain[0].as_dict() | {"tokens_per_second": median_speed(self.plain)},
             "drafted": self.drafted[0].as_dict() | {"tokens_per_second": median_speed(self.drafted)},
             "speed_up": self.speed_up,
@@ -103,20 +73,6 @@ def show_run(session: Session, request: Request, *, heading: str, prompt: str, t
     run_request(session.decoder, request, show=printer.show)
     printer.close()
     print()
-
-
-def find_divergence(model: Any, prompt_ids: Any, plain: list[int], drafted: list[int]) -> Divergence | None:
-    """The first position at which two answers differ, or None for equal answers."""
-    if plain == drafted:
-        return None
-    shared = next((i for i, (a, b) in enumerate(zip(plain, drafted, strict=False)) if a != b), None)
-    position = min(len(plain), len(drafted)) if shared is None else shared
-    ids_BT = torch.tensor([[*prompt_ids, *plain[:position]]], device=model.device)
-    with torch.inference_mode():
-        logits_V = model(input_ids=ids_BT, logits_to_keep=1).logits[0, -1]
-    largest, second = (float(value) for value in logits_V.float().topk(2).values)
-    ulp = torch.finfo(model.dtype).eps * 2.0 ** math.floor(math.log2(max(abs(largest), 1e-30)))
-    return Divergence(position=position, gap=largest - second, ulps=(largest - second) / ulp)
 
 
 def median_speed(answers: list[Answer]) -> float:

@@ -145,7 +145,8 @@ def save_merged(
             card(base, form="merged", block_size=model.config.block_size), encoding="utf-8"
         )
         # save_pretrained would refuse what some bases publish, such as a top_k without do_sample.
-        write_json(staging / "generation_config.json", model.generation_config.to_diff_dict())
+        generation = {n: value for n, value in model.generation_config.to_diff_dict().items() if n[0] != "_"}
+        write_json(staging / "generation_config.json", generation)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         for name, source in remote_code().items():
