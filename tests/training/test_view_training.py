@@ -94,7 +94,7 @@ def test_loss_equals_the_sum_written_out() -> None:
 
 
 def test_a_copied_view_on_its_own_anchor_row_has_no_loss_at_the_first_draft(tiny_config: OrthrusConfig) -> None:
-    """With K = 2 the anchor row of a copied view sees one mask more than the AR row; mask the mask out and they agree."""
+    """Masked causally, the anchor row of a copied view sees what the AR row sees."""
     model = OrthrusLM(tiny_config).eval()
     model.init_view()
     ids, anchors = torch.randint(0, 96, (2, 40)), some_anchors()

@@ -89,7 +89,7 @@ def continue_rows(
 
 
 def is_new_ngram(ids_BT: Tensor, first_B: Tensor, *, ngram: int = 4) -> Tensor:
-    """new[b, t]: the n-gram that starts at t >= first[b] does not start anywhere in first[b] .. t - 1. [B, T - n + 1]."""
+    """new[b, t]: the n-gram at t >= first[b] stands nowhere in first[b] .. t - 1. [B, T - n + 1]."""
     grams_BGn = ids_BT.unfold(1, ngram, 1)
     # A prime beyond the vocabulary keeps different n-grams apart up to wrap-around.
     multipliers_n = torch.tensor([1_000_003**i % 2**61 for i in range(ngram)], device=ids_BT.device)

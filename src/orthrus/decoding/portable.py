@@ -308,7 +308,8 @@ def attend_sdpa(write: Writer, reach: Reach, model: nn.Module) -> Attend:
         rows, _, num_positions, _ = q_BNTH.shape
         q = q_BNTH.reshape(rows, num_groups, num_shared * num_positions, head_dim)
         mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=attention.scaling)
-        return mixed.unflatten(2, (num_shared, num_positions)).flatten(1, 2).transpose(1, 2).reshape(rows, num_positions, -1)
+        mixed_BNTH = mixed.unflatten(2, (num_shared, num_positions)).flatten(1, 2)
+        return mixed_BNTH.transpose(1, 2).reshape(rows, num_positions, -1)
 
     return attend
 

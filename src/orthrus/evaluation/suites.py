@@ -86,7 +86,7 @@ def opening_ends(tree: ast.Module, lines: Sequence[str]) -> Iterator[int]:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue
         end = opening_end(node, lines)
-        has_body = node.end_lineno - end >= MIN_BODY_LINES
+        has_body = last_line(node) - end >= MIN_BODY_LINES
         if has_body and end >= node.lineno and len("\n".join(lines[node.lineno - 1 : end])) <= MAX_OPENING_CHARS:
             yield end
 
@@ -95,11 +95,17 @@ def opening_end(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, lin
     """Number (from 1) of the last line of the docstring, or of the header if there is none."""
     first = node.body[0]
     if ast.get_docstring(node, clean=False) is not None:
-        return first.end_lineno
+        return last_line(first)
     end = min([first.lineno, *(d.lineno for d in getattr(first, "decorator_list", []))]) - 1
     while end > node.lineno and (not lines[end - 1] or lines[end - 1].lstrip().startswith("#")):
         end -= 1
     return end
+
+
+def last_line(node: ast.stmt) -> int:
+    """Number (from 1) of the line that a parsed statement ends on."""
+    assert node.end_lineno is not None, "ast.parse always sets it"
+    return node.end_lineno
 
 
 def context_before(lines: Sequence[str], *, end: int) -> str:

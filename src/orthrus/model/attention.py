@@ -10,7 +10,7 @@ to an `attend` function and gets the mixed values back.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ def copy_twins(attention: nn.Module) -> None:
             getattr(attention, f"{name}_diff").load_state_dict(module.state_dict())
 
 
-def twin(attention: nn.Module, name: str, view: View) -> nn.Module | None:
+def twin(attention: nn.Module, name: str, view: View) -> Any:
     """The module that plays `name` in this view, or None where the base has none (no q/k norm)."""
     return getattr(attention, name if view == "ar" else f"{name}_diff", None)
 
@@ -66,7 +66,9 @@ def rotate(x_BNTH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
 def project(attention: nn.Module, x_BTD: Tensor, rope: tuple[Tensor, Tensor], view: View) -> tuple[Tensor, ...]:
     """Queries, keys and values of one view, normed and rotated: q [B, N, T, H], k and v [B, G, T, H]."""
     heads = (*x_BTD.shape[:-1], -1, attention.head_dim)
-    q, k, v = (twin(attention, name, view)(x_BTD).view(heads).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))
+    q, k, v = (
+        twin(attention, name, view)(x_BTD).view(heads).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj")
+    )
     if (q_norm := twin(attention, "q_norm", view)) is not None:
         q, k = rms_norm(q_norm, q), rms_norm(twin(attention, "k_norm", view), k)
     return rotate(q, *rope), rotate(k, *rope), v

@@ -12,7 +12,7 @@ from orthrus.model.attention import add_twins, copy_twins
 
 
 class OrthrusLM(Qwen3ForCausalLM):
-    """A Qwen3 causal LM whose layers hold a second, trainable set of attention projections (names ending in `_diff`)."""
+    """A Qwen3 causal LM whose layers hold a second, trainable set of attention projections, named `*_diff`."""
 
     config_class = OrthrusConfig
 

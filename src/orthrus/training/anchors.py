@@ -1,6 +1,6 @@
 """Where the blocks of a training row start.
 
-    B = rows, A = anchors (blocks) a row, K = block size, T = clean tokens of a row, P = places
+B = rows, A = anchors (blocks) a row, K = block size, T = clean tokens of a row, P = places
 """
 
 import torch

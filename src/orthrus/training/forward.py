@@ -2,7 +2,8 @@
 
 The AR pass is frozen: it gives each layer's keys and values (what the blocks may read) and the teacher's logits. The
 block pass attends to [clean keys ; block keys] under `masks.block_training_mask`. On a GPU that is one compiled
-`flex_attention` a layer; `dense_attend` is its slow, obviously right twin and what a CPU runs (flex has no CPU backward).
+`flex_attention` a layer; `dense_attend` is its slow, obviously right twin and what a CPU runs (flex has no backward
+there).
 
     B = rows, T = clean tokens, A = anchors a row, K = block size, N = heads, G = key/value heads, H = head dimension
 """
@@ -87,6 +88,3 @@ def block_mask(anchors_BA: Tensor, *, block_size: int, num_clean: int) -> BlockM
     return create_block_mask(
         visible, num_rows, None, num_queries, num_clean + num_queries, device=anchors_BA.device, _compile=True
     )
-
-
-

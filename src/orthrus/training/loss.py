@@ -20,7 +20,7 @@ def forward_kl(teacher_V: Tensor, student_V: Tensor) -> Tensor:
 def position_weights(block_size: int, decay: float | None, device: torch.device) -> Tensor:
     """weight[j] for rows j = 0 .. K-2, mean 1: uniform as published, or exp(-j / decay). [K-1].
 
-    With acceptance a at each position, E[A] = sum_j a^j: an error at position j costs about a^j of the drafts behind it,
+    With acceptance a at each position, E[A] = sum_j a^j: an error at position j costs about a^j of the drafts behind,
     so early rows deserve more. a = 0.85 is a decay of 6.
     """
     rows = torch.arange(block_size - 1, device=device, dtype=torch.float32)

@@ -53,7 +53,7 @@ class Muon(torch.optim.Optimizer):
                 self._step_shape(shape, params, group)
 
     def _step_shape(self, shape: torch.Size, params: list[Tensor], group: dict) -> None:
-        grads_BMN = torch.stack([p.grad for p in params])
+        grads_BMN = torch.stack([p.grad for p in params if p.grad is not None])
         state = self.state[params[0]]
         if "momentum_BMN" not in state:
             state["momentum_BMN"] = torch.zeros_like(grads_BMN)

@@ -1,4 +1,4 @@
-"""A recipe: every setting of a training run in one YAML file, read into frozen dataclasses that refuse what they do not know."""
+"""A recipe: every setting of a training run in one YAML file, read into dataclasses that refuse unknown keys."""
 
 import dataclasses
 import hashlib

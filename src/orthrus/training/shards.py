@@ -152,6 +152,8 @@ def read_shard(path: Path) -> np.ndarray:
 def load_shards(paths: Sequence[Path], *, tokenizer_folder: Path, num_workers: int = 1) -> TokenCorpus:
     """Documents of the shards in the order of their hashes: always the same order, whatever the sharding, and mixed."""
     end_id = load_tokenizer(Path(tokenizer_folder)).token_to_id(END_OF_TEXT)
+    if end_id is None:
+        raise ValueError(f"the tokenizer in {tokenizer_folder} has no {END_OF_TEXT}")
     shards = run_parallel(read_shard, paths, num_workers=num_workers)
     documents = [document for tokens in shards for document in split_documents(tokens, end_id=end_id)]
     documents.sort(key=document_hash)

@@ -270,7 +270,7 @@ def line_key(line: str) -> int:
 def top_level_blocks(tree: ast.Module) -> tuple[tuple[int, int], ...]:
     """Half-open line ranges of the module's own functions and classes."""
     nodes = [node for node in tree.body if isinstance(node, DEFINITIONS)]
-    return tuple((min([n.lineno, *(d.lineno for d in n.decorator_list)]) - 1, n.end_lineno) for n in nodes)
+    return tuple((min([n.lineno, *(d.lineno for d in n.decorator_list)]) - 1, n.end_lineno or n.lineno) for n in nodes)
 
 
 def quality(text: str, tree: ast.Module) -> float:
@@ -286,7 +286,7 @@ def quality(text: str, tree: ast.Module) -> float:
 
 def docstrings(node: ast.AST) -> Iterator[str]:
     """Docstrings of a module and of the functions and classes in it, at any depth of definition."""
-    body = node.body
+    body = getattr(node, "body", [])
     if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
         yield str(body[0].value.value)
     # Definitions under `if` and `try` are left out: walking every node costs more than parsing.

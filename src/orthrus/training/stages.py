@@ -49,9 +49,16 @@ def run_base(recipe: Recipe, corpus: Path, out: Path, device: torch.device) -> d
     model = new_base(recipe.shape, seed=recipe.seed, eos_token_id=VOCAB_SIZE - 1, mask_token_id=VOCAB_SIZE).to(device)
     num_steps = train_base(model, tokens, recipe.base, seed=recipe.seed, log=Log(path=out / "base.jsonl"))
     losses = {name: held_out_loss(model, load_tokens(corpus, name, out)[:400_000]) for name in ("val", "heldout")}
-    save_file({name: p.detach().contiguous() for name, p in base_parameters(model).items()}, folder / "model.safetensors")
+    save_file(
+        {name: p.detach().contiguous() for name, p in base_parameters(model).items()}, folder / "model.safetensors"
+    )
     model.config.save_pretrained(folder)
-    facts = {"num_steps": num_steps, "train_tokens": len(tokens), "train_tokens_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(), "loss_nats_per_token": losses}
+    facts = {
+        "num_steps": num_steps,
+        "train_tokens": len(tokens),
+        "train_tokens_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+        "loss_nats_per_token": losses,
+    }
     write_provenance(folder, provenance(recipe, **facts))
     return facts
 
@@ -93,7 +100,9 @@ def run_view(recipe: Recipe, corpus: Path, out: Path, device: torch.device) -> d
         block_size=model.config.block_size, seed=recipe.seed,
     )  # fmt: skip
     num_steps = train_view(model, rows, stage, seed=recipe.seed, log=Log(path=out / "view.jsonl"))
-    save_file({name: p.detach().contiguous() for name, p in model.view_parameters().items()}, folder / "model.safetensors")
+    save_file(
+        {name: p.detach().contiguous() for name, p in model.view_parameters().items()}, folder / "model.safetensors"
+    )
     facts = {"num_steps": num_steps, "rollout_rows": len(own.ids)}
     write_provenance(folder, provenance(recipe, **facts))
     return facts

@@ -27,13 +27,13 @@ from orthrus.training.recipe import BaseStage, Shape, ViewStage
 
 
 def schedule(progress: float, step: int, *, warmup_steps: int, cooldown_share: float) -> float:
-    """Learning-rate factor: linear warm-up in steps, then 1, then linear to 0 over the last `cooldown_share` of the run."""
+    """Learning-rate factor: linear warm-up in steps, 1, then linear to 0 over the last `cooldown_share` of the run."""
     warmup = min(1.0, (step + 1) / max(1, warmup_steps))
     return warmup * min(1.0, max(0.0, (1.0 - progress) / cooldown_share))
 
 
 class Clock:
-    """How far a run is: the further of steps taken and seconds spent, from 0 to 1. Step 0, which compiles, takes no time."""
+    """How far a run is, from 0 to 1: the further of steps taken and seconds spent (step 0, which compiles, is free)."""
 
     def __init__(self, num_steps: int, max_seconds: float | None):
         self.num_steps, self.max_seconds = num_steps, max_seconds
@@ -44,8 +44,9 @@ class Clock:
         if step == 1:
             self.started = time.perf_counter()
         share = step / self.num_steps
-        timed = step > 0 and self.max_seconds is not None
-        return max(share, self.seconds() / self.max_seconds) if timed else share
+        if step == 0 or self.max_seconds is None:
+            return share
+        return max(share, self.seconds() / self.max_seconds)
 
     def seconds(self) -> float:
         """Seconds since step 1 began (since the start, before that)."""
@@ -109,7 +110,7 @@ def new_base(shape: Shape, *, seed: int, eos_token_id: int, mask_token_id: int) 
 def token_rows(
     tokens: np.ndarray, *, row_tokens: int, rows_per_step: int, seed: int, device: torch.device
 ) -> Iterator[Tensor]:
-    """Endless batches of `row_tokens + 1` neighbouring tokens: every epoch cuts the stream anew at a random offset. [B, T+1]."""
+    """Endless batches of `row_tokens + 1` neighbouring tokens; every epoch cuts at a new offset. [B, T+1]."""
     stream = torch.from_numpy(tokens.astype(np.int32)).to(device)
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -158,9 +159,7 @@ def train_base(model: OrthrusLM, tokens: np.ndarray, stage: BaseStage, *, seed: 
     trained = {name: p.requires_grad_(True) for name, p in base_parameters(model).items()}
     optimisers = Optimisers(trained, learning_rate=stage.learning_rate, weight_decay=stage.weight_decay)
     loss_of: Callable = torch.compile(next_token_loss) if device.type == "cuda" else next_token_loss
-    rows = token_rows(
-        tokens, row_tokens=stage.row_tokens, rows_per_step=stage.rows_per_step, seed=seed, device=device
-    )
+    rows = token_rows(tokens, row_tokens=stage.row_tokens, rows_per_step=stage.rows_per_step, seed=seed, device=device)
     clock = Clock(stage.num_steps, stage.max_seconds)
     step = 0
     while (progress := clock.progress(step)) < 1:

@@ -1,0 +1,18 @@
+"""Whether a text runs in circles: drafters guess loops easily, so looping outputs are counted apart."""
+
+from collections.abc import Sequence
+
+LOOPING_SHARE = 0.5
+"""An output is looping when fewer than this share of its 4-grams are distinct: it wrote more old runs of four tokens
+than new ones."""
+
+
+def distinct_4gram_share(token_ids: Sequence[int]) -> float:
+    """Distinct runs of four generated tokens / all runs of four; 1 for a text too short to have one."""
+    grams = [tuple(token_ids[start : start + 4]) for start in range(len(token_ids) - 3)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def is_looping(token_ids: Sequence[int]) -> bool:
+    """Whether less than `LOOPING_SHARE` of the 4-grams are distinct."""
+    return distinct_4gram_share(token_ids) < LOOPING_SHARE
