@@ -1,4 +1,4 @@
-"""The benchmark's numbers agree with each other and with the runs they are made of, and its records say what they are."""
+"""The speed benchmark: its numbers are consistent and its records complete.
 
 import dataclasses
 import json
@@ -259,7 +259,7 @@ def test_planted_divergence_is_reported_with_its_position_and_gap(
 
 def settings(checkpoint: Path, prompt_file: Path, **changes) -> Settings:
     fields = dict(model=str(checkpoint), prompts=prompt_file, num_prompts=2, max_new_tokens=12, block_sizes=(8,))
-    return Settings(**fields | changes)
+    return Settings(**fields | changes)  # pyrefly: ignore
 
 
 @pytest.fixture(scope="module")
