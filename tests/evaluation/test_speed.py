@@ -1,4 +1,4 @@
-"""The speed benchmark: its numbers are consistent and its records complete.
+"""The speed benchmark: its numbers are consistent and its records complete."""
 
 import dataclasses
 import json
