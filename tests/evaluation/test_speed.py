@@ -348,10 +348,14 @@ def speed(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
-def test_users_mistake_is_one_line_and_exit_code_2(checkpoint: Path):
-    done = speed("--model", checkpoint, "--block-size", 64)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("--block-size", 64), "error: block_size must be 2 .. 8"), (("--device", "toaster"), "error: device toaster")],
+)
+def test_users_mistake_is_one_line_and_exit_code_2(checkpoint: Path, arguments: tuple, message: str):
+    done = speed("--model", checkpoint, *arguments)
     assert done.returncode == 2 and not done.stdout.strip()
-    assert "error: block_size must be 2 .. 8" in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].startswith(message)
 
 
 @pytest.mark.parametrize(

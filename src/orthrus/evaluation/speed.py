@@ -91,10 +91,20 @@ def facts(model: Any, settings: Settings, *, num_prompts: int) -> dict[str, Any]
     }
 
 
+def pick_device(name: str | None) -> torch.device:
+    """The named device, checked to be there; CUDA where there is one when none is named."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
 def bench(settings: Settings) -> list[ResultRecord]:
     """Measure, print a table for each dtype, and return the records."""
     prompts, records = settings.read_prompts(), []
-    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(settings.device)
     tokenizer = load_tokenizer(settings.source)
     origin = here_and_now(device)
     for dtype in settings.dtypes:

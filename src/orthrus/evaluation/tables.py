@@ -19,8 +19,8 @@ NOTES = f"""\
 speed-up: median over texts against plain decoding by the same computation; (total): all tokens / all time; vs one-row:
 median against plain decoding in one-row passes. step ms: a cycle, or a plain step. N: tokens per cycle, weighted by
 cycle; TPF: tokens per forward pass of either kind, prefill included. looping: texts of whose 4-grams less than
-{LOOPING_SHARE:.0%} are distinct; 4-grams: mean distinct share. identical: to the same computation's plain text
-to the one-row text). Decoding only, prefill apart."""
+{LOOPING_SHARE:.0%} are distinct; 4-grams: mean distinct share. identical: to the same computation's plain text (a plain
+row's: to the one-row text). Decoding only, prefill apart."""
 
 SHOWN_CHARS = 400
 """Of the worst prompt's output."""
