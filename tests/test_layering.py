@@ -15,7 +15,7 @@ FILES = sorted(path for path in SOURCE.rglob("*.py") if "assets" not in path.par
 RANK = {
     "cli": 5,
     "serving": 4, "training": 4, "evaluation": 4, "datagen": 4,
-    "engine": 3, "decoding": 2, "model": 1, "config": 0,
+    "engine": 3, "decoding": 2, "model": 1, "config": 0, "environment": 0,
 }  # fmt: skip
 FREE = "integrations"
 FORBIDDEN = {"utils", "util", "common", "helpers", "helper", "base", "misc"}

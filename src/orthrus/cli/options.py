@@ -1,12 +1,8 @@
 """The options that more than one command takes, and the check that an option which does nothing is refused."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-BUNDLED = Path(__file__).parents[1] / "assets" / "tiny"
-"""The model that comes with the package."""
 
 Model = Annotated[
     str | None, typer.Option("--model", "-m", metavar="ID|FOLDER", help="Checkpoint; the bundled model by default.")

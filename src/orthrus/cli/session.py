@@ -3,7 +3,6 @@
 This module imports torch; commands import it when they run.
 """
 
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,12 +11,12 @@ from typing import Any
 import torch
 import transformers
 
-from orthrus import __version__
-from orthrus.cli.options import BUNDLED, check_dtype
+from orthrus.cli.options import check_dtype
 from orthrus.decoding.decoder import Decoder, Record, Request
 from orthrus.decoding.portable import PortableBackend
 from orthrus.decoding.stats import DecodingStats
-from orthrus.decoding.stopping import Stopping
+from orthrus.decoding.stopping import Stopping, eos_token_ids
+from orthrus.environment import bundled_or, pick_device, versions
 from orthrus.model.checkpoint import load_model, load_tokenizer
 
 Show = Callable[[Record], None]
@@ -63,22 +62,13 @@ class Session:
     decoder: Decoder
     attn: str
 
-    def eos_token_ids(self) -> frozenset[int]:
-        """The tokens that end an answer: the generation config's, else the tokenizer's."""
-        ids = self.model.generation_config.eos_token_id
-        if ids is None:
-            ids = self.tokenizer.eos_token_id
-        if ids is None:
-            return frozenset()
-        return frozenset([ids] if isinstance(ids, int) else ids)
-
     def stopping(self, prompt_ids: Sequence[int], *, max_new_tokens: int, stop: Sequence[str] = ()) -> Stopping:
         """When an answer to this prompt ends: no later than where the context does."""
         room = self.model.config.max_position_embeddings - len(prompt_ids)
         return Stopping(
             # A prompt that leaves no room at all is refused by the decoder, which says so better.
             max_new_tokens=min(max_new_tokens, room) if room > 0 else max_new_tokens,
-            eos_token_ids=self.eos_token_ids(),
+            eos_token_ids=eos_token_ids(self.model, self.tokenizer),
             stop_strings=tuple(stop),
         )
 
@@ -126,10 +116,8 @@ def open_session(
 ) -> Session:
     """Load a checkpoint as the command line names it."""
     check_dtype(dtype)
-    if model is None and not BUNDLED.is_dir():
-        raise ValueError(f"this installation has no bundled model ({BUNDLED}); name a checkpoint with --model")
+    where = bundled_or(model)
     quiet()
-    where = model or str(BUNDLED)
     loaded = load_model(
         where, revision=revision, base=base, dtype=dtype, device=pick_device(device), attn_implementation=attn
     )
@@ -149,19 +137,6 @@ def quiet() -> None:
     """Keep stderr for the user: no loading bars, no library warnings between the lines of an answer."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The named device, checked to be there; CUDA where there is one when none is named."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here: {reason}") from None
-    return device
 
 
 def run_request(decoder: Decoder, request: Request, *, show: Show | None = None) -> Answer:
@@ -188,13 +163,3 @@ def run_request(decoder: Decoder, request: Request, *, show: Show | None = None)
         )
     finally:
         decoder.release(record.row)
-
-
-def versions() -> dict[str, str]:
-    """The versions a result depends on."""
-    return {
-        "orthrus": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }

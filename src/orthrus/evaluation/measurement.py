@@ -15,7 +15,7 @@ from tqdm import tqdm
 from orthrus.decoding.decoder import Decoder, Request
 from orthrus.decoding.portable import PortableBackend
 from orthrus.decoding.stats import DecodingStats
-from orthrus.decoding.stopping import Stopping
+from orthrus.decoding.stopping import Stopping, eos_token_ids
 from orthrus.evaluation.suites import Prompt
 
 BLOCK_SIZES = (4, 8, 16, 32)
@@ -154,15 +154,6 @@ def decoder_of(model: Any, mode: Mode) -> Decoder:
 def encode(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Token ids of each prompt's plain text."""
     return [tokenizer(prompt.text)["input_ids"] for prompt in prompts]
-
-
-def eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a text: the generation config's, else the tokenizer's."""
-    ids = model.generation_config.eos_token_id
-    ids = tokenizer.eos_token_id if ids is None else ids
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
 
 
 def dtype_name(model: Any) -> str:

@@ -4,8 +4,6 @@ A results file is a JSON list of records. `docs/benchmarks.md` defines every nam
 """
 
 import json
-import os
-import platform
 import re
 import shlex
 import sys
@@ -16,13 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from orthrus import __version__
-from orthrus.training.provenance import commit
-
-CPU_FLAGS = ("avx512_bf16", "amx_bf16", "bf16", "avx512f", "avx2", "asimd")
-"""Instruction sets that decide how fast a pass is; without one of the bf16 ones, bf16 is emulated."""
+from orthrus.environment import CPU_FLAGS, commit, hardware_name, versions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,39 +54,13 @@ class ResultRecord:
 
 def here_and_now(device: torch.device) -> Origin:
     """The origin of numbers measured by this process on this device."""
-    versions = {
-        "orthrus": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
     return Origin(
         hardware=hardware_name(device),
-        versions=versions,
+        versions=versions(),
         commit=commit(),
         command=command_line(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def hardware_name(device: torch.device) -> str:
-    """The accelerator's name, or the processor's with its cores and the instruction sets that matter."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    flags = set(cpu_field("flags", "Features").split())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    name = cpu_field("model name") or platform.processor() or platform.machine()
-    return ", ".join([name, f"{cores} cores", *(flag for flag in CPU_FLAGS if flag in flags)])
-
-
-def cpu_field(*names: str) -> str:
-    """The first processor's value of the first of these /proc/cpuinfo fields that is there, or nothing."""
-    path = Path("/proc/cpuinfo")
-    for line in path.read_text().splitlines() if path.exists() else []:
-        name, _, value = line.partition(":")
-        if name.strip() in names:
-            return value.strip()
-    return ""
 
 
 def command_line() -> str:

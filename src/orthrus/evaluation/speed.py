@@ -13,15 +13,13 @@ import torch
 import transformers
 import typer
 
+from orthrus.environment import bundled_or, pick_device
 from orthrus.evaluation.measurement import dtype_name, measure
 from orthrus.evaluation.records import ResultRecord, here_and_now, to_json, write_records
 from orthrus.evaluation.suites import Prompt, heldout_python_prompts, prompts_from_jsonl
 from orthrus.evaluation.summary import records_of, summarise
 from orthrus.evaluation.tables import print_summaries
 from orthrus.model.checkpoint import load_model, load_tokenizer
-
-BUNDLED = Path(__file__).parents[1] / "assets" / "tiny"
-"""The model that comes with the package."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,9 +53,7 @@ class Settings:
     @property
     def source(self) -> str:
         """Where the model is loaded from."""
-        if self.model is None and not BUNDLED.is_dir():
-            raise ValueError(f"this installation has no bundled model ({BUNDLED}); name a checkpoint with --model")
-        return self.model or str(BUNDLED)
+        return bundled_or(self.model)
 
     @property
     def model_name(self) -> str:
@@ -89,16 +85,6 @@ def facts(model: Any, settings: Settings, *, num_prompts: int) -> dict[str, Any]
         "threads": torch.get_num_threads(),
         "attn_implementation": settings.attn,
     }
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The named device, checked to be there; CUDA where there is one when none is named."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def bench(settings: Settings) -> list[ResultRecord]:

@@ -109,10 +109,18 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """The id of `<|endoftext|>`; `ValueError` for a tokenizer that lacks it."""
+    end_id = tokenizer.token_to_id(END_OF_TEXT)
+    if end_id is None:
+        raise ValueError(f"the tokenizer has no {END_OF_TEXT}: it was not made for this corpus")
+    return end_id
+
+
 def encode_texts(texts: Sequence[str], tokenizer_folder: Path) -> np.ndarray:
     """Tokens of the texts one after the other, each followed by `<|endoftext|>`. uint16."""
     tokenizer = load_tokenizer(Path(tokenizer_folder))
-    end_id = tokenizer.token_to_id(END_OF_TEXT)
+    end_id = end_of_text_id(tokenizer)
     arrays = [np.array([*encoding.ids, end_id], dtype="<u2") for encoding in tokenizer.encode_batch_fast(texts)]
     return np.concatenate(arrays) if arrays else np.empty(0, dtype="<u2")
 
@@ -151,9 +159,7 @@ def read_shard(path: Path) -> np.ndarray:
 
 def load_shards(paths: Sequence[Path], *, tokenizer_folder: Path, num_workers: int = 1) -> TokenCorpus:
     """Documents of the shards in the order of their hashes: always the same order, whatever the sharding, and mixed."""
-    end_id = load_tokenizer(Path(tokenizer_folder)).token_to_id(END_OF_TEXT)
-    if end_id is None:
-        raise ValueError(f"the tokenizer in {tokenizer_folder} has no {END_OF_TEXT}")
+    end_id = end_of_text_id(load_tokenizer(Path(tokenizer_folder)))
     shards = run_parallel(read_shard, paths, num_workers=num_workers)
     documents = [document for tokens in shards for document in split_documents(tokens, end_id=end_id)]
     documents.sort(key=document_hash)

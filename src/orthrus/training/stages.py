@@ -3,30 +3,31 @@
 Each stage reads what the one before wrote into the run's folder, so they can run in one process or in three:
 
     OUT/tokens/ NAME.npy uint16, the tokenised corpus
-    OUT/base/   config.json, model.safetensors (the AR view alone), provenance.json
+    OUT/base/   the AR view alone, with the tokenizer: a stock base; provenance.json
     OUT/rollouts.safetensors   ids int16 [rows, T], first and last int64 [rows]
-    OUT/view/   model.safetensors (`*_diff` alone), provenance.json
+    OUT/view/   a view file on OUT/base (`orthrus generate --model OUT/view`); provenance.json
 """
 
 import hashlib
-import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from orthrus.config import OrthrusConfig
 from orthrus.datagen.regenerate import OwnRows, rollouts, training_rows
+from orthrus.model.checkpoint import load_model
+from orthrus.model.export import save_view, whole_folder, write_tensors
 from orthrus.model.modeling import OrthrusLM
 from orthrus.training.provenance import provenance, write_provenance
 from orthrus.training.recipe import Recipe
-from orthrus.training.shards import VOCAB_SIZE, load_shards
-from orthrus.training.trainer import Log, base_parameters, held_out_loss, new_base, train_base, train_view
+from orthrus.training.shards import end_of_text_id, load_shards, load_tokenizer
+from orthrus.training.trainer import Log, Saver, base_parameters, held_out_loss, new_base, train_base, train_view
 
 
 def load_tokens(corpus: Path, name: str, out: Path) -> np.ndarray:
-    """The token stream (uint16) of a corpus folder's `name` shards, tokenised once and kept in OUT/tokens.
+    """The token stream (uint16) of a corpus folder's `name` shards, read once and kept in OUT/tokens.
 
     Raises `ValueError` when the folder holds no such shards.
     """
@@ -35,7 +36,7 @@ def load_tokens(corpus: Path, name: str, out: Path) -> np.ndarray:
         shards = sorted(corpus.glob(f"{name}_*.xz"))
         if not shards:
             raise ValueError(f"{corpus} holds no {name}_*.xz; make it with `python -m orthrus.training.corpus`")
-        loaded = load_shards(shards, tokenizer_folder=corpus / "tokenizer", num_workers=os.cpu_count() or 1)
+        loaded = load_shards(shards, tokenizer_folder=corpus / "tokenizer")
         cached.parent.mkdir(parents=True, exist_ok=True)
         np.save(cached, loaded.tokens)
     return np.load(cached)
@@ -44,15 +45,19 @@ def load_tokens(corpus: Path, name: str, out: Path) -> np.ndarray:
 def run_base(recipe: Recipe, corpus: Path, out: Path, device: torch.device) -> dict:
     """Pretrain the base and write OUT/base."""
     folder = out / "base"
-    folder.mkdir(parents=True, exist_ok=True)
     tokens = load_tokens(corpus, "train", out)
-    model = new_base(recipe.shape, seed=recipe.seed, eos_token_id=VOCAB_SIZE - 1, mask_token_id=VOCAB_SIZE).to(device)
-    num_steps = train_base(model, tokens, recipe.base, seed=recipe.seed, log=Log(path=out / "base.jsonl"))
+    tokenizer = load_tokenizer(corpus / "tokenizer")
+    model = new_base(
+        recipe.shape,
+        seed=recipe.seed,
+        eos_token_id=end_of_text_id(tokenizer),
+        # As in the released checkpoints: the first row of the padded embedding that no token uses.
+        mask_token_id=tokenizer.get_vocab_size(),
+    ).to(device)
+    saver = Saver(save=lambda: save_base(model, folder, tokenizer=corpus / "tokenizer"))
+    log = Log(path=out / "base.jsonl")
+    num_steps = train_base(model, tokens, recipe.base, seed=recipe.seed, log=log, saver=saver)
     losses = {name: held_out_loss(model, load_tokens(corpus, name, out)[:400_000]) for name in ("val", "heldout")}
-    save_file(
-        {name: p.detach().contiguous() for name, p in base_parameters(model).items()}, folder / "model.safetensors"
-    )
-    model.config.save_pretrained(folder)
     facts = {
         "num_steps": num_steps,
         "train_tokens": len(tokens),
@@ -63,15 +68,17 @@ def run_base(recipe: Recipe, corpus: Path, out: Path, device: torch.device) -> d
     return facts
 
 
+def save_base(model: OrthrusLM, folder: Path, *, tokenizer: Path) -> None:
+    """Write the AR view with its tokenizer, all or nothing."""
+    with whole_folder(folder, force=True) as staging:
+        write_tensors({name: p.detach() for name, p in base_parameters(model).items()}, staging)
+        model.config.save_pretrained(staging)
+        shutil.copytree(tokenizer, staging, dirs_exist_ok=True)
+
+
 def load_base(out: Path, device: torch.device) -> OrthrusLM:
     """The base of OUT/base in bf16, its view a copy of its AR projections."""
-    config = OrthrusConfig.from_pretrained(out / "base")
-    model = OrthrusLM(config).to(torch.bfloat16)
-    missing = model.load_state_dict(load_file(out / "base" / "model.safetensors"), strict=False).missing_keys
-    assert all("_diff." in name or name == "lm_head.weight" for name in missing), missing
-    model.tie_weights()
-    model.init_view()
-    return model.to(device).eval()
+    return load_model(out / "base", dtype=torch.bfloat16, start_view=True).to(device)
 
 
 def run_rollouts(recipe: Recipe, corpus: Path, out: Path, device: torch.device) -> dict:
@@ -88,21 +95,17 @@ def run_rollouts(recipe: Recipe, corpus: Path, out: Path, device: torch.device) 
 
 def run_view(recipe: Recipe, corpus: Path, out: Path, device: torch.device) -> dict:
     """Train the view on the rollouts and write OUT/view, starting from OUT/view where it exists."""
-    model = load_base(out, device)
     folder = out / "view"
-    if (folder / "model.safetensors").is_file():
-        model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    folder.mkdir(parents=True, exist_ok=True)
+    started = folder.is_dir()
+    model = load_model(folder, dtype=torch.bfloat16).to(device) if started else load_base(out, device)
+    saver = Saver(save=lambda: save_view(model, folder, base_id=str(out / "base"), force=True))
     own = OwnRows(**load_file(out / "rollouts.safetensors", device=str(device)))
     stage = recipe.view
     rows = training_rows(
         own, load_tokens(corpus, "train", out), rows_per_pass=stage.rows_per_pass, real_share=stage.real_share,
         block_size=model.config.block_size, seed=recipe.seed,
     )  # fmt: skip
-    num_steps = train_view(model, rows, stage, seed=recipe.seed, log=Log(path=out / "view.jsonl"))
-    save_file(
-        {name: p.detach().contiguous() for name, p in model.view_parameters().items()}, folder / "model.safetensors"
-    )
+    num_steps = train_view(model, rows, stage, seed=recipe.seed, log=Log(path=out / "view.jsonl"), saver=saver)
     facts = {"num_steps": num_steps, "rollout_rows": len(own.ids)}
     write_provenance(folder, provenance(recipe, **facts))
     return facts

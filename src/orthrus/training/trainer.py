@@ -9,7 +9,7 @@ learning rate from `schedule`. Only the parameters handed to `Optimisers` change
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,9 @@ from orthrus.training.forward import ar_hidden, ar_pass, block_mask, block_pass
 from orthrus.training.loss import position_weights, view_loss
 from orthrus.training.muon import Muon
 from orthrus.training.recipe import BaseStage, Shape, ViewStage
+
+SAVE_SECONDS = 60.0
+"""Time between two saves of a run."""
 
 
 def schedule(progress: float, step: int, *, warmup_steps: int, cooldown_share: float) -> float:
@@ -136,6 +139,20 @@ def base_parameters(model: OrthrusLM) -> dict[str, nn.Parameter]:
 
 
 @dataclass(kw_only=True)
+class Saver:
+    """Saves as training goes, so that a run that is cut off loses at most `SAVE_SECONDS`."""
+
+    save: Callable[[], None]
+    last: float = field(default_factory=time.perf_counter)
+
+    def __call__(self) -> None:
+        """Save if the last save is long enough ago."""
+        if time.perf_counter() - self.last >= SAVE_SECONDS:
+            self.save()
+            self.last = time.perf_counter()
+
+
+@dataclass(kw_only=True)
 class Log:
     """One JSON line per report, to a file and to the terminal."""
 
@@ -151,7 +168,7 @@ class Log:
             file.write(line + "\n")
 
 
-def train_base(model: OrthrusLM, tokens: np.ndarray, stage: BaseStage, *, seed: int, log: Log) -> int:
+def train_base(model: OrthrusLM, tokens: np.ndarray, stage: BaseStage, *, seed: int, log: Log, saver: Saver) -> int:
     """Pretrain the base on a token stream; returns the number of steps taken."""
     device = next(model.parameters()).device
     for p in model.parameters():
@@ -170,6 +187,8 @@ def train_base(model: OrthrusLM, tokens: np.ndarray, stage: BaseStage, *, seed: 
         if step % log.every == 0:
             log(stage="base", step=step, seconds=clock.seconds(), loss=loss.item(), norm=norm.item(), factor=factor)
         step += 1
+        saver()
+    saver.save()
     return step
 
 
@@ -200,7 +219,13 @@ def view_step_loss(
 
 
 def train_view(
-    model: OrthrusLM, rows: Iterable[tuple[Tensor, Tensor, Tensor]], stage: ViewStage, *, seed: int, log: Log
+    model: OrthrusLM,
+    rows: Iterable[tuple[Tensor, Tensor, Tensor]],
+    stage: ViewStage,
+    *,
+    seed: int,
+    log: Log,
+    saver: Saver,
 ) -> int:
     """Train the diffusion view; returns the number of steps taken.
 
@@ -234,4 +259,6 @@ def train_view(
                 survival=[round(a, 3) for a in survival_J.tolist()[::5]], n=1 + survival_J.sum().item(),
             )  # fmt: skip
         step += 1
+        saver()
+    saver.save()
     return step

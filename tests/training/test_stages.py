@@ -1,0 +1,89 @@
+"""A whole run through the command line: base, rollouts, view, and text from what it wrote."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from orthrus.cli.app import app
+from orthrus.model.checkpoint import load_model
+from orthrus.training import stages, trainer
+from orthrus.training.shards import save_tokenizer, train_tokenizer, write_shards
+
+RECIPE = """
+name: toy
+shape: {vocab_size: 512, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4,
+  num_key_value_heads: 2, head_dim: 8, max_position_embeddings: 256, block_size: 4}
+base: {row_tokens: 32, rows_per_step: 4, num_steps: 8, warmup_steps: 1}
+rollouts: {prompt_tokens: [4, 8], row_tokens: 80, rows_per_batch: 8, num_batches: 2, min_tokens: 0, sampled_share: 1.0}
+view: {rows_per_step: 4, rows_per_pass: 2, num_anchors: 2, num_steps: 6, warmup_steps: 1}
+"""
+
+
+def invoke(run: Path, *arguments: str) -> list[str]:
+    """`orthrus train` on a run's folder; the lines it printed."""
+    where = [("--config", "recipe.yaml"), ("--corpus", "corpus"), ("--out", "out")]
+    paths = [part for option, name in where for part in (option, str(run / name))]
+    result = CliRunner().invoke(app, ["train", *paths, "--device", "cpu", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.output.splitlines()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe, a small corpus of this package's own source, and a finished run."""
+    folder = tmp_path_factory.mktemp("run")
+    texts = [path.read_text() for path in sorted(Path(stages.__file__).parent.glob("*.py"))]
+    save_tokenizer(train_tokenizer(texts, vocab_size=500), folder / "corpus" / "tokenizer")
+    for name in ("train", "val", "heldout"):
+        write_shards(
+            texts, folder=folder / "corpus", name=name, num_shards=2, tokenizer_folder=folder / "corpus" / "tokenizer"
+        )
+    (folder / "recipe.yaml").write_text(RECIPE)
+    invoke(folder)
+    return folder
+
+
+def test_a_run_writes_a_view_that_generates_over_its_base(run: Path) -> None:
+    arguments = ["generate", "import os", "--model", str(run / "out" / "view"), "--max-new-tokens", "12", "--json"]
+    result = CliRunner().invoke(app, [*arguments, "--dtype", "float32"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.output.splitlines()[-1])
+    assert report["num_tokens"] <= 12 and report["stats"]["num_spec_steps"] > 0
+
+
+def test_end_and_mask_tokens_are_the_tokenizers(run: Path) -> None:
+    config = load_model(run / "out" / "view").config
+    assert (config.eos_token_id, config.mask_token_id) == (499, 500), "the ids must follow the corpus's tokenizer"
+
+
+def test_training_the_view_leaves_the_base_and_moves_the_view(run: Path) -> None:
+    trained = load_model(run / "out" / "view").view_parameters()
+    started = load_model(run / "out" / "base", start_view=True).view_parameters()
+    assert any(not torch.equal(trained[name], started[name]) for name in started)
+    # A view file names its base by the hash of its bytes, so loading it proves that they did not change.
+    assert (run / "out" / "view" / "provenance.json").is_file()
+
+
+def test_a_run_that_is_cut_off_leaves_its_last_save(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = load_model(run / "out" / "view").view_parameters()
+    rows_of = stages.training_rows
+
+    def cut_off(*arguments: object, **settings: object):  # noqa: ANN202
+        rows = rows_of(*arguments, **settings)  # type: ignore[arg-type]
+        for _ in range(6):
+            yield next(rows)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "training_rows", cut_off)
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0.0)
+    result = CliRunner().invoke(
+        app,
+        ["train", "--config", str(run / "recipe.yaml"), "--corpus", str(run / "corpus"), "--out", str(run / "out"),
+         "--device", "cpu", "--stages", "view"],
+    )  # fmt: skip
+    assert result.exit_code != 0
+    saved = load_model(run / "out" / "view").view_parameters()
+    assert any(not torch.equal(saved[name], kept[name]) for name in kept), "three steps were taken, none was saved"
