@@ -39,32 +39,33 @@ def test_verify_mask_of_one_query_is_plain_decoding():
     assert verify_mask(torch.tensor([3]), 1, 6).tolist() == [[[True] * 4 + [False] * 2]]
 
 
-@pytest.mark.parametrize("block_size", [2, 3, 4])
+@pytest.mark.parametrize("widths", [(2, 2, 2), (4, 4, 4), (4, 2, 3)])
 @pytest.mark.parametrize("documents", [None, [[0, 0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1, 2, 2]]])
-def test_training_mask_shows_tokens_before_the_anchor_and_the_own_block(block_size: int, documents: list | None):
+def test_training_mask_shows_tokens_before_the_anchor_and_the_own_block(widths: tuple, documents: list | None):
     anchors, num_clean = [[0, 2, 5], [4, 4, 8]], 9
     document = torch.tensor(documents) if documents is not None else None
-    mask = block_training_mask(torch.tensor(anchors), block_size, num_clean, document)
-    num_queries = 3 * block_size
+    block = [number for number, width in enumerate(widths) for _ in range(width)]
+    mask = block_training_mask(torch.tensor(anchors), torch.tensor(block), num_clean, document)
+    num_queries = len(block)
     assert mask.shape == (2, num_queries, num_clean + num_queries) and mask.dtype == torch.bool
     for b, q, k in itertools.product(range(2), range(num_queries), range(num_clean + num_queries)):
-        anchor = anchors[b][q // block_size]
+        anchor = anchors[b][block[q]]
         if k < num_clean:
             truth = k < anchor and (documents is None or documents[b][k] == documents[b][anchor])
         else:
-            truth = (k - num_clean) // block_size == q // block_size
+            truth = block[k - num_clean] == block[q]
         assert mask[b, q, k] == truth, f"row {b}, query {q}, key {k}, anchor {anchor}"
 
 
 def test_training_mask_hides_the_clean_anchor_from_its_own_block():
-    mask = block_training_mask(torch.tensor([[3]]), 2, 6)
+    mask = block_training_mask(torch.tensor([[3]]), torch.tensor([0, 0]), 6)
     assert not mask[0, :, 3].any(), "the anchor is in the block; seen twice, it would be counted twice"
 
 
 def test_training_mask_of_a_block_is_the_draft_mask_of_its_anchor():
     block_size, num_clean = 4, 10
     for anchor in range(num_clean - block_size):
-        train = block_training_mask(torch.tensor([[anchor]]), block_size, num_clean)[0]
+        train = block_training_mask(torch.tensor([[anchor]]), torch.zeros(block_size, dtype=torch.long), num_clean)[0]
         seen = torch.cat([train[:, :anchor], train[:, num_clean:]], dim=1)
         draft = draft_mask(torch.tensor([anchor]), torch.tensor([block_size]), block_size, anchor + block_size)[0]
         assert torch.equal(seen, draft), "training and decoding must ask the view the same question"

@@ -16,9 +16,11 @@ RECIPE = """
 name: toy
 shape: {vocab_size: 512, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4,
   num_key_value_heads: 2, head_dim: 8, max_position_embeddings: 256, block_size: 4}
-base: {row_tokens: 32, rows_per_step: 4, num_steps: 8, warmup_steps: 1}
+base: {row_tokens: 32, rows_per_step: 4, rows_per_pass: 2, num_steps: 8, warmup_steps: 1}
+unlikelihood: {num_rounds: 2, steps_per_round: 2, rows_per_step: 8, rows_per_pass: 2,
+  rollouts: {prompt_tokens: [8], row_tokens: 80, rows_per_batch: 8, num_batches: 1, sampled_share: 0.5}}
 rollouts: {prompt_tokens: [4, 8], row_tokens: 80, rows_per_batch: 8, num_batches: 2, min_tokens: 0, sampled_share: 1.0}
-view: {rows_per_step: 4, rows_per_pass: 2, num_anchors: 2, num_steps: 6, warmup_steps: 1}
+view: {rows_per_step: 4, rows_per_pass: 2, blocks: [[4, 2], [2, 2]], num_steps: 6, warmup_steps: 1}
 """
 
 

@@ -7,15 +7,15 @@ import torch
 from torch.nn import functional as F
 
 from orthrus.config import OrthrusConfig
-from orthrus.datagen.regenerate import continue_rows, is_new_ngram, loop_start
+from orthrus.datagen.regenerate import OwnRows, continue_rows, is_new_ngram, loop_start
 from orthrus.model.attention import run_layers
 from orthrus.model.modeling import OrthrusLM
-from orthrus.training.anchors import block_inputs, sample_anchors
-from orthrus.training.forward import ar_pass, block_mask, block_pass
-from orthrus.training.loss import position_weights, view_loss
+from orthrus.training.anchors import Blocks, sample_anchors
+from orthrus.training.forward import Passes, block_mask
+from orthrus.training.loss import survival, view_loss
 from orthrus.training.muon import Muon
 from orthrus.training.recipe import ViewStage
-from orthrus.training.trainer import Log, Saver, schedule, train_view, view_step_loss
+from orthrus.training.trainer import Log, Saver, ViewTask, schedule, train_view
 
 
 @pytest.fixture
@@ -24,44 +24,59 @@ def model(tiny_config: OrthrusConfig) -> OrthrusLM:
     return OrthrusLM(tiny_config).eval()
 
 
+BLOCKS = Blocks.of(((8, 2), (4, 3)))
+WIDTHS = [8, 8, 4, 4, 4]
+
+
 def some_anchors(num_rows: int = 2, num_tokens: int = 40) -> torch.Tensor:
     first = torch.arange(1, num_rows + 1)
-    generator = torch.Generator().manual_seed(1)
     last = torch.full_like(first, num_tokens - 8)
-    return sample_anchors(first, last, num_anchors=3, generator=generator)
+    return BLOCKS.sample(first, last, num_tokens, torch.Generator().manual_seed(1))
+
+
+def sample(first: list[int], last: list[int], num_anchors: int, generator: torch.Generator) -> torch.Tensor:
+    return sample_anchors(
+        torch.tensor(first), torch.tensor(last), num_clean=40, num_anchors=num_anchors, generator=generator
+    )
 
 
 def test_anchors_are_distinct_sorted_and_between_first_and_last() -> None:
-    first, last = torch.tensor([1, 5, 20]), torch.tensor([32, 32, 30])
+    first, last = [1, 5, 20], [32, 32, 30]
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
-        anchors = sample_anchors(first, last, num_anchors=10, generator=generator)
-        assert (anchors >= first[:, None]).all() and (anchors <= last[:, None]).all()
+        anchors = sample(first, last, 10, generator)
+        assert (anchors >= torch.tensor(first)[:, None]).all() and (anchors <= torch.tensor(last)[:, None]).all()
         assert (anchors.diff(dim=1) > 0).all()
 
 
 def test_anchors_repeat_evenly_when_a_row_has_too_few_places() -> None:
-    generator = torch.Generator().manual_seed(0)
-    anchors = sample_anchors(torch.tensor([31]), torch.tensor([32]), num_anchors=4, generator=generator)
-    assert anchors.tolist() == [[31, 31, 32, 32]]
+    assert sample([31], [32], 4, torch.Generator().manual_seed(0)).tolist() == [[31, 31, 32, 32]]
 
 
 def test_a_row_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match="no place for an anchor"):
-        sample_anchors(torch.tensor([3, 33]), torch.tensor([32, 32]), num_anchors=1, generator=torch.Generator())
+        OwnRows(torch.zeros(2, 40, dtype=torch.int16), torch.tensor([3, 33]), torch.tensor([32, 32]))
+
+
+def test_blocks_know_their_positions() -> None:
+    anchors, ids = some_anchors(), torch.randint(0, 96, (2, 40))
+    got_ids, got_positions = BLOCKS.inputs(ids, anchors, 96)
+    for b in range(2):
+        places = [(a, j) for a, width in enumerate(WIDTHS) for j in range(width)]
+        assert got_positions[b].tolist() == [int(anchors[b, a]) + j for a, j in places]
+        assert got_ids[b].tolist() == [int(ids[b, anchors[b, a]]) if j == 0 else 96 for a, j in places]
+    assert BLOCKS.is_last_Q.tolist() == [j == width - 1 for width in WIDTHS for j in range(width)]
 
 
 @torch.no_grad()
 def test_block_pass_equals_decoding_each_block_alone(model: OrthrusLM) -> None:
     """Training sees what inference sees: all of the prefix before the anchor, the whole block, nothing else."""
-    ids = torch.randint(0, 96, (2, 40))
-    anchors = some_anchors()
-    blocks = block_inputs(ids, anchors, block_size=8, mask_token_id=96)
-    _, clean = ar_pass(model, ids)
-    together = block_pass(model, blocks, clean, block_mask(anchors, block_size=8, num_clean=40)).unflatten(1, (3, 8))
+    ids, anchors, passes = torch.randint(0, 96, (2, 40)), some_anchors(), Passes(model, compiled=False)
+    _, clean = passes.ar(ids)
+    together = passes.blocks(BLOCKS.inputs(ids, anchors, 96), clean, block_mask(BLOCKS, anchors, num_clean=40))
     for b in range(2):
-        for a, anchor in enumerate(anchors[b].tolist()):
-            _, prefix = ar_pass(model, ids[b : b + 1, :anchor])
+        for a, (anchor, width) in enumerate(zip(anchors[b].tolist(), WIDTHS, strict=True)):
+            _, prefix = passes.ar(ids[b : b + 1, :anchor])
             layer = iter(prefix)
 
             def attend(attention, q, k, v, layer=layer):  # noqa: ANN001, ANN202
@@ -69,42 +84,50 @@ def test_block_pass_equals_decoding_each_block_alone(model: OrthrusLM) -> None:
                 k, v = torch.cat([k_prefix, k], 2), torch.cat([v_prefix, v], 2)
                 return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)
 
-            block = torch.tensor([[ids[b, anchor], *[96] * 7]])
-            alone = run_layers(model.model, block, torch.arange(anchor, anchor + 8)[None], attend, "diffusion")
-            torch.testing.assert_close(together[b, a], alone[0], msg=f"row {b}, block {a}: the training mask is wrong")
+            block = torch.tensor([[ids[b, anchor], *[96] * (width - 1)]])
+            alone = run_layers(model.model, block, torch.arange(anchor, anchor + width)[None], attend, "diffusion")
+            start = sum(WIDTHS[:a])
+            torch.testing.assert_close(
+                together[b, start : start + width], alone[0], msg=f"row {b}, block {a}: the training mask is wrong"
+            )
 
 
-def test_loss_equals_the_sum_written_out() -> None:
+@pytest.mark.parametrize(("decay", "focus", "temperature"), [(None, 0.0, 1.0), (5.0, 0.7, 0.5)])
+def test_loss_equals_the_sum_written_out(decay: float | None, focus: float, temperature: float) -> None:
     torch.manual_seed(0)
-    teacher, student = torch.randn(2, 40, 11), torch.randn(2, 3, 8, 11)
-    anchors, weights = some_anchors(), position_weights(8, 5.0, torch.device("cpu"))
-    loss, survival = view_loss(teacher, student, anchors, weights)
-    terms, alive = [], torch.zeros(7)
+    teacher, student = torch.randn(2, 40, 3), torch.randn(2, 28, 3)
+    anchors = some_anchors()
+    loss, agrees = view_loss(
+        BLOCKS, teacher, student, anchors, decay=decay, focus=focus, temperature=temperature
+    )  # fmt: skip
+    total, weights, lived = torch.zeros(()), 0.0, torch.zeros(7)
     for b in range(2):
-        for a in range(3):
-            agrees = True
-            for j in range(7):
-                p = teacher[b, anchors[b, a] + j].softmax(-1)
-                q = student[b, a, j].softmax(-1)
-                terms.append(weights[j] * (p * (p / q).log()).sum())
-                agrees = agrees and bool(p.argmax() == q.argmax())
-                alive[j] += agrees / 6
-    torch.testing.assert_close(loss, torch.stack(terms).mean())
-    torch.testing.assert_close(survival, alive)
+        for a, width in enumerate(WIDTHS):
+            is_alive = True
+            for j in range(width - 1):
+                row = teacher[b, anchors[b, a] + j]
+                p, q = (row / temperature).softmax(-1), student[b, sum(WIDTHS[:a]) + j].softmax(-1)
+                weight = (1 - focus + focus * is_alive) * (
+                    1.0 if decay is None else float(torch.tensor(-j / decay).exp())
+                )
+                total, weights = total + weight * (p * (p / q).log()).sum(), weights + weight
+                is_alive = is_alive and bool(row.argmax() == q.argmax())
+                lived[j] += (is_alive and width == 8) / 4
+    torch.testing.assert_close(loss, total / weights)
+    torch.testing.assert_close(survival(BLOCKS, agrees), lived)
 
 
 def test_a_copied_view_on_its_own_anchor_row_has_no_loss_at_the_first_draft(tiny_config: OrthrusConfig) -> None:
     """Masked causally, the anchor row of a copied view sees what the AR row sees."""
     model = OrthrusLM(tiny_config).eval()
     model.init_view()
-    ids, anchors = torch.randint(0, 96, (2, 40)), some_anchors()
-    _, clean = ar_pass(model, ids)
-    causal = block_mask(anchors, block_size=8, num_clean=40)
-    own = causal[:, :, 40:] & torch.ones(24, 24, dtype=torch.bool).tril()
-    blocks = block_inputs(ids, anchors, block_size=8, mask_token_id=96)
-    hidden = block_pass(model, blocks, clean, torch.cat([causal[:, :, :40], own], dim=2)).unflatten(1, (3, 8))
-    ar_hidden, _ = ar_pass(model, ids)
-    torch.testing.assert_close(hidden[:, :, 0], ar_hidden.gather(1, anchors[:, :, None].expand(-1, -1, 32)))
+    ids, anchors, passes = torch.randint(0, 96, (2, 40)), some_anchors(), Passes(model, compiled=False)
+    ar_hidden, clean = passes.ar(ids)
+    mask = block_mask(BLOCKS, anchors, num_clean=40)
+    own = mask[:, :, 40:] & torch.ones(28, 28, dtype=torch.bool).tril()
+    hidden = passes.blocks(BLOCKS.inputs(ids, anchors, 96), clean, torch.cat([mask[:, :, :40], own], dim=2))
+    firsts = hidden[:, BLOCKS.offset_Q == 0]
+    torch.testing.assert_close(firsts, ar_hidden.gather(1, anchors[:, :, None].expand(-1, -1, 32)))
 
 
 def test_only_the_view_changes_and_its_loss_falls(model: OrthrusLM, tmp_path) -> None:  # noqa: ANN001
@@ -116,24 +139,32 @@ def test_only_the_view_changes_and_its_loss_falls(model: OrthrusLM, tmp_path) ->
         return hashlib.sha256(b"".join(p.view(torch.int16).numpy().tobytes() for p in state)).hexdigest()
 
     base_before, view_before = digest(False), digest(True)
-    ids = torch.randint(0, 96, (4, 40))
-    anchors = some_anchors(4)
-    weights, mask = position_weights(8, None, torch.device("cpu")), block_mask(anchors, block_size=8, num_clean=40)
-    loss_before = view_step_loss(model, ids, anchors, weights, mask)[0]
-    stage = ViewStage(rows_per_step=4, rows_per_pass=2, num_anchors=3, num_steps=40, warmup_steps=1, learning_rate=0.01)
+    ids, anchors = torch.randint(0, 96, (4, 40)), some_anchors(4)
+    stage = ViewStage(
+        rows_per_step=4, rows_per_pass=2, blocks=((8, 2), (4, 3)), num_steps=40, warmup_steps=1, learning_rate=0.01
+    )
+    loss_before = ViewTask(model, stage)(ids, anchors)[0]
 
     def rows():  # noqa: ANN202
         while True:
             yield ids[:2], torch.tensor([1, 2]), torch.tensor([32, 32])
             yield ids[2:], torch.tensor([3, 4]), torch.tensor([32, 32])
 
-    assert (
-        train_view(model, rows(), stage, seed=0, log=Log(path=tmp_path / "log.jsonl"), saver=Saver(save=lambda: None))
-        == 40
-    )
+    log, saver = Log(path=tmp_path / "log.jsonl"), Saver(save=lambda: None)
+    assert train_view(model, rows(), stage, seed=0, log=log, saver=saver) == 40
     assert digest(False) == base_before, "training the view changed the frozen base"
     assert digest(True) != view_before
-    assert view_step_loss(model, ids, anchors, weights, mask)[0] < 0.9 * loss_before
+    assert ViewTask(model, stage)(ids, anchors)[0] < 0.9 * loss_before
+
+
+def test_a_step_that_cannot_be_shared_and_a_block_too_wide_are_refused(model: OrthrusLM, tmp_path) -> None:  # noqa: ANN001
+    log, saver = Log(path=tmp_path / "log.jsonl"), Saver(save=lambda: None)
+    with pytest.raises(ValueError, match="rows_per_step 5 must be a multiple of rows_per_pass 2"):
+        train_view(
+            model, [], ViewStage(rows_per_step=5, rows_per_pass=2, blocks=((8, 1),)), seed=0, log=log, saver=saver
+        )
+    with pytest.raises(ValueError, match="blocks: width 9 is not in 2 .. 8"):
+        ViewTask(model, ViewStage(blocks=((8, 1), (9, 1))))
 
 
 def test_muon_equals_torch_muon_matrix_by_matrix() -> None:

@@ -12,12 +12,13 @@ def train(
     config: Annotated[Path, typer.Option(help="the YAML recipe")] = ...,  # type: ignore[assignment]
     corpus: Annotated[Path, typer.Option(help="folder of the tokenised corpus")] = ...,  # type: ignore[assignment]
     out: Annotated[Path, typer.Option(help="folder of the run; later stages read what earlier ones wrote")] = ...,  # type: ignore[assignment]
-    stages: Annotated[str, typer.Option(help="which stages, in order")] = "base,rollouts,view",
+    stages: Annotated[str, typer.Option(help="which stages, in order")] = "base,unlikelihood,rollouts,view",
     device: Annotated[str | None, typer.Option(help="cuda where there is one, else cpu")] = None,
 ) -> None:
-    """Train the bundled model's base and view from one recipe."""
+    """Train the bundled model's base and view from one recipe; under torchrun, on one GPU a process."""
     import torch
 
+    from orthrus.training.ranks import join_ranks, leave_ranks, rank
     from orthrus.training.recipe import load_recipe
     from orthrus.training.stages import STAGES
 
@@ -25,8 +26,10 @@ def train(
     names = stages.split(",")
     if unknown := [name for name in names if name not in STAGES]:
         raise ValueError(f"--stages: unknown stage {unknown[0]!r}; known stages: {', '.join(STAGES)}")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = join_ranks(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
         facts = STAGES[name](recipe, corpus, out, where)
-        print(json.dumps({"stage": name, **facts}), flush=True)
+        if rank() == 0:
+            print(json.dumps({"stage": name, **facts}), flush=True)
+    leave_ranks()

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from orthrus.model.attention import causal_attend, run_layers
 from orthrus.model.modeling import OrthrusLM
@@ -58,11 +59,11 @@ class RowCache:
         if start == 0:
             return causal_attend(attention, q, k, v)
         assert q.shape[2] == 1, "either the whole prompt or one token at a time"
-        # Two plain products over the heads of a group: a fused kernel pads one query to a tile of 64 or 128.
+        # The heads of a group as so many queries: keys and values are read once for all of them.
         q_BGRH = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
-        scores_BGRT = q_BGRH @ self.keys[layer, :, :, :end].mT * attention.scaling
-        weights_BGRT = scores_BGRT.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
-        return (weights_BGRT @ self.values[layer, :, :, :end]).flatten(1)[:, None]
+        keys, values = self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        mixed_BGRH = F.scaled_dot_product_attention(q_BGRH, keys, values, scale=attention.scaling)
+        return mixed_BGRH.flatten(1)[:, None]
 
 
 @torch.no_grad()
@@ -70,6 +71,14 @@ def continue_rows(
     model: OrthrusLM, prompts_BP: Tensor, num_tokens: int, temperature_B1: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Each prompt continued to `num_tokens` tokens, by argmax where its temperature is 0, else by sampling. [B, T]."""
+    # cuDNN's attention plans anew for every length of the cache, which costs more than the step.
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return _continue_rows(model, prompts_BP, num_tokens, temperature_B1, generator)
+
+
+def _continue_rows(
+    model: OrthrusLM, prompts_BP: Tensor, num_tokens: int, temperature_B1: Tensor, generator: torch.Generator
+) -> Tensor:
     num_rows, num_prompt = prompts_BP.shape
     cache = RowCache(model, num_rows, num_tokens)
     ids_BT = torch.empty(num_rows, num_tokens, dtype=torch.long, device=prompts_BP.device)
@@ -120,6 +129,30 @@ class OwnRows:
     first: Tensor
     last: Tensor
 
+    def __post_init__(self):
+        if bool((self.first > self.last).any()):
+            raise ValueError("a row has no place for an anchor: its first position lies behind its last")
+
+
+def continue_batches(
+    model: OrthrusLM, prompt_tokens: np.ndarray, stage: RolloutStage, *, seed: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batches of (ids [B, T], first new position [B], whether the row is sampled [B]), prompts cut at random places."""
+    device = model.model.embed_tokens.weight.device
+    stream = torch.from_numpy(prompt_tokens.astype(np.int32)).to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    started = time.perf_counter()
+    for batch in range(stage.num_batches):
+        if stage.max_seconds is not None and time.perf_counter() - started > stage.max_seconds:
+            return
+        num_prompt = stage.prompt_tokens[batch % len(stage.prompt_tokens)]
+        shape = (stage.rows_per_batch, 1)
+        starts_B1 = torch.randint(len(stream) - num_prompt, shape, generator=generator, device=device)
+        prompts_BP = stream[starts_B1 + torch.arange(num_prompt, device=device)].long()
+        sampled_B1 = torch.rand(shape, generator=generator, device=device) < stage.sampled_share
+        ids_BT = continue_rows(model, prompts_BP, stage.row_tokens, sampled_B1 * stage.temperature, generator)
+        yield ids_BT, torch.full((len(ids_BT),), num_prompt, device=device), sampled_B1[:, 0]
+
 
 def rollouts(model: OrthrusLM, prompt_tokens: np.ndarray, stage: RolloutStage, *, seed: int) -> tuple[OwnRows, dict]:
     """The base's continuations of prompts cut at random from a token stream, and counts.
@@ -127,27 +160,17 @@ def rollouts(model: OrthrusLM, prompt_tokens: np.ndarray, stage: RolloutStage, *
     Anchors may stand from the first new token up to where a loop begins; rows with fewer than `min_tokens` such places
     are dropped.
     """
-    device = model.model.embed_tokens.weight.device
-    stream = torch.from_numpy(prompt_tokens.astype(np.int32)).to(device)
-    generator = torch.Generator(device).manual_seed(seed)
-    started, parts, made = time.perf_counter(), [], 0
-    for batch in range(stage.num_batches):
-        if stage.max_seconds is not None and time.perf_counter() - started > stage.max_seconds:
-            break
-        num_prompt = stage.prompt_tokens[batch % len(stage.prompt_tokens)]
-        shape = (stage.rows_per_batch, 1)
-        starts_B1 = torch.randint(len(stream) - num_prompt, shape, generator=generator, device=device)
-        prompts_BP = stream[starts_B1 + torch.arange(num_prompt, device=device)].long()
-        sampled_B1 = torch.rand(shape, generator=generator, device=device) < stage.sampled_share
-        ids_BT = continue_rows(model, prompts_BP, stage.row_tokens, sampled_B1 * stage.temperature, generator)
-        first_B = torch.full((len(ids_BT),), num_prompt, device=device)
-        last_B = loop_start(ids_BT, first_B).clamp(max=stage.row_tokens - model.config.block_size)
+    started, parts, made, looping = time.perf_counter(), [], 0, 0
+    for ids_BT, first_B, _ in continue_batches(model, prompt_tokens, stage, seed=seed):
+        loop_B = loop_start(ids_BT, first_B)
+        last_B = loop_B.clamp(max=stage.row_tokens - model.config.block_size)
         keep_B = last_B - first_B >= stage.min_tokens
         made += len(ids_BT)
+        looping += int((loop_B < stage.row_tokens).sum())
         parts.append((ids_BT[keep_B].short(), first_B[keep_B], last_B[keep_B]))
     own = OwnRows(*(torch.cat(column) for column in zip(*parts, strict=True)))
     places = int((own.last - own.first + 1).sum())
-    counts = {"rows_made": made, "rows_kept": len(own.ids), "anchor_places": places}
+    counts = {"rows_made": made, "rows_looping": looping, "rows_kept": len(own.ids), "anchor_places": places}
     return own, counts | {"seconds": time.perf_counter() - started}
 
 

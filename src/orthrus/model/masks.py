@@ -3,7 +3,7 @@
 A wrong draft mask never corrupts text, it only lowers acceptance, so each mask here is proved element by element
 against the sentence in its docstring (tests/model/test_masks.py). True means visible.
 
-    B = rows, Q = queries of a pass, S = cache slots, K = block size, T = clean tokens of a training row, A = anchors
+    B = rows, Q = queries of a pass, S = cache slots, T = clean tokens of a training row, A = anchors (blocks) of one
 """
 
 import torch
@@ -33,16 +33,15 @@ def verify_mask(lengths_B: Tensor, num_queries: int, num_slots: int) -> Tensor:
 
 
 def block_training_mask(
-    anchors_BA: Tensor, block_size: int, num_clean: int, document_BT: Tensor | None = None
+    anchors_BA: Tensor, block_Q: Tensor, num_clean: int, document_BT: Tensor | None = None
 ) -> Tensor:
-    """visible[b, q, k] for queries of all blocks over keys [T clean tokens ; A*K block positions]. [B, A*K, T+A*K].
+    """visible[b, q, k] for queries of all blocks over keys [T clean tokens ; Q block positions]. [B, Q, T+Q].
 
-    For k < T: k < anchors[b, q // K] (and in the anchor's own document). Otherwise: (k - T) // K == q // K.
-    (method.md section 5: strictly before the anchor, and the whole own block.)
+    For k < T: k < anchors[b, block[q]] (and in the anchor's own document). Otherwise: block[k - T] == block[q], where
+    block[q] is the block that position q belongs to. (method.md section 5: strictly before the anchor, and the whole
+    own block.)
     """
-    device = anchors_BA.device
-    block_Q = torch.arange(anchors_BA.shape[1] * block_size, device=device) // block_size
-    clean_T = torch.arange(num_clean, device=device)
+    clean_T = torch.arange(num_clean, device=anchors_BA.device)
     sees_clean_BQT = clean_T < anchors_BA[:, block_Q][:, :, None]
     if document_BT is not None:
         document_of_query_BQ = document_BT.gather(1, anchors_BA)[:, block_Q]

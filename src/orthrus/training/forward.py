@@ -1,13 +1,17 @@
 """The two passes of training: the clean row in the AR view, then all its blocks in the diffusion view.
 
 The AR pass is frozen: it gives each layer's keys and values (what the blocks may read) and the teacher's logits. The
-block pass attends to [clean keys ; block keys] under `masks.block_training_mask`. On a GPU that is one compiled
-`flex_attention` a layer; `dense_attend` is its slow, obviously right twin and what a CPU runs (flex has no backward
-there).
+block pass attends to [clean keys ; block keys] under `masks.block_training_mask`. On a GPU that is `flex_attention`;
+`dense_attend` is its slow, obviously right twin and what a CPU runs (flex has no backward there).
 
-    B = rows, T = clean tokens, A = anchors a row, K = block size, N = heads, G = key/value heads, H = head dimension
+One layer is compiled, not the model: its graph serves all layers, so compiling does not grow with depth.
+
+    B = rows, T = clean tokens, A = anchors a row, Q = positions of all blocks of a row, N = heads, G = key/value heads,
+    H = head dimension
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,47 +19,36 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from orthrus.model.attention import causal_attend, run_layers
+from orthrus.model.attention import causal_attend, rms_norm, run_layer
 from orthrus.model.masks import block_training_mask
+from orthrus.training.anchors import Blocks
 
+Rope = tuple[Tensor, Tensor]
 KeyValues = list[tuple[Tensor, Tensor]]
 
 
-def ar_hidden(model: nn.Module, ids_BT: Tensor) -> Tensor:
-    """Final hidden states of the AR view over clean rows: what pretraining differentiates. [B, T, D]."""
-    return run_layers(model.model, ids_BT, row_positions(ids_BT), causal_attend, "ar")
-
-
-def ar_pass(model: nn.Module, ids_BT: Tensor) -> tuple[Tensor, KeyValues]:
-    """The frozen AR view over clean rows: hidden states [B, T, D] and each layer's (keys, values) [B, G, T, H]."""
-    cached: KeyValues = []
+def ar_layer(layer: nn.Module, hidden_BTD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer of the AR view over clean rows, and its keys and values. [B, T, D], [B, G, T, H] twice."""
+    kept: KeyValues = []
 
     def attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cached.append((k, v))
+        kept.append((k, v))
         return causal_attend(attention, q, k, v)
 
-    return run_layers(model.model, ids_BT, row_positions(ids_BT), attend, "ar"), cached
+    hidden_BTD = run_layer(layer, hidden_BTD, rope, attend, "ar")
+    return hidden_BTD, *kept[0]
 
 
-def row_positions(ids_BT: Tensor) -> Tensor:
-    """Positions 0 .. T-1. [1, T]."""
-    return torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
-
-
-def block_pass(model: nn.Module, blocks: tuple[Tensor, Tensor], clean: KeyValues, mask: Any) -> Tensor:
-    """The diffusion view over all blocks' (ids, positions): final hidden states [B, A*K, D].
-
-    `mask` is a `BlockMask` (flex_attention) or a boolean tensor [B, A*K, T + A*K] (dense).
-    """
-    layer = iter(clean)
+def block_layer(
+    layer: nn.Module, hidden_BQD: Tensor, rope: Rope, clean: tuple[Tensor, Tensor], mask: BlockMask | Tensor
+) -> Tensor:
+    """One layer of the diffusion view over all blocks, reading the clean rows' keys and values. [B, Q, D]."""
     attend_over = flex_attend if isinstance(mask, BlockMask) else dense_attend
 
     def attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k_clean, v_clean = next(layer)
-        return attend_over(attention, q, torch.cat([k_clean, k], dim=2), torch.cat([v_clean, v], dim=2), mask)
+        return attend_over(attention, q, torch.cat([clean[0], k], dim=2), torch.cat([clean[1], v], dim=2), mask)
 
-    ids, positions = blocks
-    return run_layers(model.model, ids, positions, attend, "diffusion")
+    return run_layer(layer, hidden_BQD, rope, attend, "diffusion")
 
 
 def flex_attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
@@ -72,19 +65,57 @@ def dense_attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask_BQS
     return mixed.transpose(1, 2).flatten(2)
 
 
-def block_mask(anchors_BA: Tensor, *, block_size: int, num_clean: int) -> BlockMask | Tensor:
+class Passes:
+    """The two passes of one model, with its layer functions compiled where it pays (a GPU)."""
+
+    def __init__(self, model: nn.Module, *, compiled: bool):
+        self.model = model
+        # Static shapes: stages differ in theirs, and a graph for any shape is slower than one for each.
+        self.compile: Callable[[Callable], Callable] = (
+            partial(torch.compile, dynamic=False) if compiled else (lambda function: function)
+        )
+        self._ar_layer = self.compile(ar_layer)
+        self._block_layer = self.compile(block_layer)
+
+    def ar(self, ids_BT: Tensor) -> tuple[Tensor, KeyValues]:
+        """The AR view over clean rows: final hidden states [B, T, D] and each layer's (keys, values)."""
+        model, clean = self.model.model, []
+        positions_1T = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
+        hidden_BTD = model.embed_tokens(ids_BT)
+        rope = model.rotary_emb(hidden_BTD, positions_1T)
+        for layer in model.layers:
+            hidden_BTD, k, v = self._ar_layer(layer, hidden_BTD, rope)
+            clean.append((k, v))
+        return rms_norm(model.norm, hidden_BTD), clean
+
+    def blocks(self, inputs: tuple[Tensor, Tensor], clean: KeyValues, mask: BlockMask | Tensor) -> Tensor:
+        """The diffusion view over all blocks' (ids, positions): final hidden states [B, Q, D].
+
+        `mask` is a `BlockMask` (flex_attention) or a boolean tensor [B, Q, T + Q] (dense).
+        """
+        model, (ids_BQ, positions_BQ) = self.model.model, inputs
+        # The first layer's input needs no gradient; saying otherwise spares compiling a second graph for that layer.
+        hidden_BQD = model.embed_tokens(ids_BQ).requires_grad_(torch.is_grad_enabled())
+        rope = model.rotary_emb(hidden_BQD, positions_BQ)
+        for layer, keys_values in zip(model.layers, clean, strict=True):
+            hidden_BQD = self._block_layer(layer, hidden_BQD, rope, keys_values, mask)
+        return rms_norm(model.norm, hidden_BQD)
+
+
+def block_mask(blocks: Blocks, anchors_BA: Tensor, *, num_clean: int) -> Any:
     """`masks.block_training_mask` in the form that this device's attention reads."""
     if anchors_BA.device.type == "cpu":
-        return block_training_mask(anchors_BA, block_size, num_clean)
+        return block_training_mask(anchors_BA, blocks.block_Q, num_clean)
+    block_Q = blocks.block_Q
+    anchor_BQ = anchors_BA[:, block_Q]
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        block = q // block_size
-        before_anchor = (k < num_clean) & (k < anchors_BA[b, block])
-        return before_anchor | ((k >= num_clean) & ((k - num_clean) // block_size == block))
+        before_anchor = (k < num_clean) & (k < anchor_BQ[b, q])
+        own = block_Q[(k - num_clean).clamp(min=0)] == block_Q[q]
+        return before_anchor | ((k >= num_clean) & own)
 
-    num_rows, num_anchors = anchors_BA.shape
-    num_queries = num_anchors * block_size
+    num_queries = len(block_Q)
     # Compiled, or the mask would be materialised as rows x queries x keys booleans.
     return create_block_mask(
-        visible, num_rows, None, num_queries, num_clean + num_queries, device=anchors_BA.device, _compile=True
+        visible, len(anchors_BA), None, num_queries, num_clean + num_queries, device=anchors_BA.device, _compile=True
     )

@@ -1,51 +1,80 @@
-"""What the view is trained to do: forward KL from the frozen AR view, row by row (method.md section 5, paper eq. 7).
+"""What the view is trained to do: forward KL from the frozen AR view (method.md section 5, paper eq. 7).
 
-Row j of a block with anchor a predicts position a+j+1, as AR row a+j does: the student's row j is compared with the
-teacher's row a+j, for j = 0 .. K-2. The last row of a block predicts nothing.
+Offset j of a block with anchor a predicts position a+j+1, as AR row a+j does: the student there is compared with the
+teacher's row a+j, for j = 0 .. K-2. The last position of a block predicts nothing.
 
-    B = rows, T = clean tokens, A = anchors, K = block size, V = vocabulary
+    B = rows, T = clean tokens, A = anchors, K = width of a block, Q = positions of all blocks of a row, V = vocabulary
 """
 
 import torch
 from torch import Tensor
 
+from orthrus.training.anchors import Blocks
 
-def forward_kl(teacher_V: Tensor, student_V: Tensor) -> Tensor:
-    """KL(teacher || student) over the last dimension, from logits, in fp32. [...]."""
-    teacher_log = teacher_V.float().log_softmax(dim=-1)
+
+def forward_kl(teacher_V: Tensor, student_V: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher at this temperature || student) over the last dimension, from logits, in fp32. [...].
+
+    Below 1 the teacher is sharpened towards its argmax, which is all that greedy acceptance asks for.
+    """
+    teacher_log = (teacher_V.float() / temperature).log_softmax(dim=-1)
     student_log = student_V.float().log_softmax(dim=-1)
     return (teacher_log.exp() * (teacher_log - student_log)).sum(dim=-1)
 
 
-def position_weights(block_size: int, decay: float | None, device: torch.device) -> Tensor:
-    """weight[j] for rows j = 0 .. K-2, mean 1: uniform as published, or exp(-j / decay). [K-1].
+def teacher_rows(blocks: Blocks, anchors_BA: Tensor, num_clean: int) -> Tensor:
+    """row[b, q] = anchor of q's block + offset of q: the AR row that position q is compared with. [B, Q].
 
-    With acceptance a at each position, E[A] = sum_j a^j: an error at position j costs about a^j of the drafts behind,
-    so early rows deserve more. a = 0.85 is a decay of 6.
+    A block may reach beyond its row only with its last position, which is not compared.
     """
-    rows = torch.arange(block_size - 1, device=device, dtype=torch.float32)
-    weights = torch.ones_like(rows) if decay is None else torch.exp(-rows / decay)
-    return weights / weights.mean()
+    return blocks.positions(anchors_BA).clamp(max=num_clean - 1)
 
 
-def teacher_rows(anchors_BA: Tensor, block_size: int) -> Tensor:
-    """row[b, a, j] = anchors[b, a] + j, the AR row that student row j of that block is compared with. [B, A, K-1]."""
-    return anchors_BA[:, :, None] + torch.arange(block_size - 1, device=anchors_BA.device)
+def alive(blocks: Blocks, agrees_BQ: Tensor) -> Tensor:
+    """1 where all positions of the block before q agree with the teacher, else 0: whether q's draft matters. [B, Q]."""
+    parts = []
+    for agrees_BAK in blocks.split(agrees_BQ.float()):
+        before_BAK = torch.cat([torch.ones_like(agrees_BAK[..., :1]), agrees_BAK[..., :-1]], dim=-1)
+        parts.append(before_BAK.cumprod(dim=-1).flatten(1))
+    return torch.cat(parts, dim=1)
+
+
+def position_weights(blocks: Blocks, alive_BQ: Tensor, *, decay: float | None, focus: float) -> Tensor:
+    """weight[b, q] = exp(-offset / decay) * (1 - focus + focus * alive[b, q]), 0 at last positions. [B, Q].
+
+    `decay` None and `focus` 0 are the published uniform loss. A draft behind the first wrong one is never kept, so
+    `focus` (0 .. 1) is the share of the loss that looks at drafts up to the first error only.
+    """
+    weights_BQ = 1.0 - focus + focus * alive_BQ
+    if decay is not None:
+        weights_BQ = weights_BQ * torch.exp(-blocks.offset_Q / decay)
+    return weights_BQ * ~blocks.is_last_Q
 
 
 def view_loss(
-    teacher_BTV: Tensor, student_BAKV: Tensor, anchors_BA: Tensor, weights_J: Tensor
+    blocks: Blocks,
+    teacher_BTV: Tensor,
+    student_BQV: Tensor,
+    anchors_BA: Tensor,
+    *,
+    decay: float | None,
+    focus: float,
+    temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted mean KL over all supervised rows, and survival[j]: the share of blocks whose rows 0 .. j all have the
-    teacher's argmax. (), [K-1].
+    """Weighted mean KL over all positions, and which positions have the teacher's argmax. (), [B, Q]."""
+    rows_BQ = teacher_rows(blocks, anchors_BA, teacher_BTV.shape[1])
+    batch_B1 = torch.arange(len(rows_BQ), device=rows_BQ.device)[:, None]
+    agrees_BQ = teacher_BTV.argmax(-1)[batch_B1, rows_BQ] == student_BQV.argmax(-1)
+    weights_BQ = position_weights(blocks, alive(blocks, agrees_BQ), decay=decay, focus=focus)
+    kl_BQ = forward_kl(teacher_BTV[batch_B1, rows_BQ], student_BQV, temperature)
+    return (kl_BQ * weights_BQ).sum() / weights_BQ.sum(), agrees_BQ
+
+
+def survival(blocks: Blocks, agrees_BQ: Tensor) -> Tensor:
+    """survival[j]: share of the widest blocks whose offsets 0 .. j all have the teacher's argmax. [K-1].
 
     On rows that the base wrote greedily, 1 + survival.sum() is N of greedy decoding from a random anchor.
     """
-    num_rows, num_anchors, block_size, _ = student_BAKV.shape
-    rows_BAJ = teacher_rows(anchors_BA, block_size)
-    batch_B11 = torch.arange(num_rows, device=anchors_BA.device)[:, None, None]
-    teacher_BAJV = teacher_BTV[batch_B11, rows_BAJ]
-    student_BAJV = student_BAKV[:, :, :-1]
-    loss = (forward_kl(teacher_BAJV, student_BAJV) * weights_J).mean()
-    agree_BAJ = teacher_BTV.argmax(-1)[batch_B11, rows_BAJ] == student_BAJV.argmax(-1)
-    return loss, agree_BAJ.float().cumprod(dim=-1).mean(dim=(0, 1))
+    widest = max(range(len(blocks.groups)), key=lambda group: blocks.groups[group][0])
+    agrees_BAK = blocks.split(agrees_BQ)[widest]
+    return agrees_BAK[..., :-1].float().cumprod(dim=-1).mean(dim=(0, 1))

@@ -35,11 +35,6 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Tensor], *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self._orthogonalise = orthogonalise
-
-    def compile(self) -> None:
-        """Compile the iteration (GPU)."""
-        self._orthogonalise = torch.compile(orthogonalise)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -58,7 +53,7 @@ class Muon(torch.optim.Optimizer):
         if "momentum_BMN" not in state:
             state["momentum_BMN"] = torch.zeros_like(grads_BMN)
         momentum_BMN = state["momentum_BMN"].lerp_(grads_BMN, 1 - group["momentum"])
-        updates_BMN = self._orthogonalise(grads_BMN.lerp(momentum_BMN, group["momentum"]))
+        updates_BMN = orthogonalise(grads_BMN.lerp(momentum_BMN, group["momentum"]))
         scale = 0.2 * max(shape) ** 0.5 * group["lr"]
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, list(updates_BMN.unbind(0)), alpha=-scale)

@@ -36,6 +36,8 @@ class BaseStage:
 
     row_tokens: int = 1024
     rows_per_step: int = 256
+    rows_per_pass: int = 64
+    """Rows of one micro-batch of one rank; the rest of a step is accumulated."""
     num_steps: int = 4000
     max_seconds: float | None = None
     """Wall-clock budget; the learning-rate schedule follows whichever of steps and seconds is further along."""
@@ -48,13 +50,34 @@ class BaseStage:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class UnlikelihoodStage:
+    """Rounds in which the base writes, and unlearns the loops that it wrote (`training/unlikelihood.py`)."""
+
+    num_rounds: int = 0
+    """0 leaves the stage out."""
+    steps_per_round: int = 20
+    rows_per_step: int = 256
+    """Half of them the base's own, half of the corpus."""
+    rows_per_pass: int = 32
+    """Rows of either kind in one micro-batch of one rank."""
+    learning_rate: float = 5e-4
+    """At the start; it falls linearly to 0 over all rounds."""
+    weight_decay: float = 0.0
+    weight: float = 1.0
+    """Of the unlikelihood term against the likelihood term."""
+    rollouts: RolloutStage = field(default_factory=RolloutStage)
+    """What the base writes in each round."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ViewStage:
     """Training of the diffusion view by forward KL to the frozen AR view."""
 
     rows_per_step: int = 128
     rows_per_pass: int = 32
-    num_anchors: int = 64
-    """Blocks a row."""
+    """Rows of one micro-batch of one rank; the rest of a step is accumulated."""
+    blocks: tuple[tuple[int, int], ...] = ((32, 64),)
+    """[width, blocks of that width a row], one pair for each width; no width above the model's block size."""
     num_steps: int = 4000
     max_seconds: float | None = None
     learning_rate: float = 2e-3
@@ -62,7 +85,11 @@ class ViewStage:
     warmup_steps: int = 100
     cooldown_share: float = 0.7
     position_decay: float | None = None
-    """None: the published position-uniform loss. A number d: weight exp(-j / d) for row j."""
+    """None: the published position-uniform loss. A number d: weight exp(-j / d) for the draft at offset j."""
+    first_error_focus: float = 0.0
+    """Share of a draft's weight that it has only while all drafts before it are right (0: published)."""
+    teacher_temperature: float = 1.0
+    """Temperature of the teacher's law in the KL (1: published); below 1 the view is trained for greedy decoding."""
     real_share: float = 0.15
     """Share of training rows that are corpus text instead of the base's own."""
 
@@ -75,6 +102,7 @@ class Recipe:
     seed: int = 0
     shape: Shape = field(default_factory=Shape)
     base: BaseStage = field(default_factory=BaseStage)
+    unlikelihood: UnlikelihoodStage = field(default_factory=UnlikelihoodStage)
     rollouts: RolloutStage = field(default_factory=RolloutStage)
     view: ViewStage = field(default_factory=ViewStage)
 

@@ -19,10 +19,11 @@ from torch.nn import functional as F
 
 from orthrus.config import OrthrusConfig
 from orthrus.model.modeling import OrthrusLM
-from orthrus.training.anchors import block_inputs, sample_anchors
-from orthrus.training.forward import ar_hidden, ar_pass, block_mask, block_pass
-from orthrus.training.loss import position_weights, view_loss
+from orthrus.training.anchors import Blocks
+from orthrus.training.forward import Passes, block_mask
+from orthrus.training.loss import survival, view_loss
 from orthrus.training.muon import Muon
+from orthrus.training.ranks import agree, average, num_ranks, once, rank
 from orthrus.training.recipe import BaseStage, Shape, ViewStage
 
 SAVE_SECONDS = 60.0
@@ -68,15 +69,15 @@ class Optimisers:
         rest = [m for m, is_matrix in zip(self.masters, matrix, strict=True) if not is_matrix]
         self.muon = Muon(muon, lr=learning_rate, weight_decay=weight_decay)
         self.adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-        if self.weights[0].is_cuda:
-            self.muon.compile()
 
     @torch.no_grad()
     def step(self, factor: float) -> Tensor:
         """One clipped update at `factor` times the learning rate, from the weights' gradients; their global norm."""
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            assert weight.grad is not None, "a trained weight got no gradient"
-            master.grad = weight.grad.float()
+        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
+        assert len(gradients) == len(self.weights), "a trained weight got no gradient"
+        average(gradients)
+        for weight, master, gradient in zip(self.weights, self.masters, gradients, strict=True):
+            master.grad = gradient.float()
             weight.grad = None
         norm = nn.utils.clip_grad_norm_(self.masters, 1.0)
         for optimiser in (self.muon, self.adamw):
@@ -111,7 +112,7 @@ def new_base(shape: Shape, *, seed: int, eos_token_id: int, mask_token_id: int) 
 
 
 def token_rows(
-    tokens: np.ndarray, *, row_tokens: int, rows_per_step: int, seed: int, device: torch.device
+    tokens: np.ndarray, *, row_tokens: int, rows_per_pass: int, seed: int, device: torch.device
 ) -> Iterator[Tensor]:
     """Endless batches of `row_tokens + 1` neighbouring tokens; every epoch cuts at a new offset. [B, T+1]."""
     stream = torch.from_numpy(tokens.astype(np.int32)).to(device)
@@ -119,17 +120,17 @@ def token_rows(
     while True:
         offset = int(torch.randint(row_tokens, (1,), generator=generator))
         num_rows = (len(stream) - offset - 1) // row_tokens
-        assert num_rows >= rows_per_step, "the corpus is smaller than one step"
+        assert num_rows >= rows_per_pass, "the corpus is smaller than one pass"
         starts = torch.randperm(num_rows, generator=generator) * row_tokens + offset
-        for chunk in starts.split(rows_per_step)[: num_rows // rows_per_step]:
+        for chunk in starts.split(rows_per_pass)[: num_rows // rows_per_pass]:
             index_BT = chunk.to(device)[:, None] + torch.arange(row_tokens + 1, device=device)
             yield stream[index_BT].long()
 
 
-def next_token_loss(model: OrthrusLM, ids_BT: Tensor) -> Tensor:
-    """Mean cross-entropy of each token given those before it, in nats."""
-    logits_BTV = model.logits(ar_hidden(model, ids_BT[:, :-1]))
-    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), ids_BT[:, 1:].flatten())
+def next_token_nll(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+    """Negative log-likelihood of each row's tokens from the logits before them, in nats. [B, T]."""
+    flat = F.cross_entropy(logits_BTV.flatten(0, 1).float(), ids_BT.flatten(), reduction="none")
+    return flat.view_as(ids_BT)
 
 
 def base_parameters(model: OrthrusLM) -> dict[str, nn.Parameter]:
@@ -146,8 +147,8 @@ class Saver:
     last: float = field(default_factory=time.perf_counter)
 
     def __call__(self) -> None:
-        """Save if the last save is long enough ago."""
-        if time.perf_counter() - self.last >= SAVE_SECONDS:
+        """Save if the last save is long enough ago (rank 0 alone: the others need not wait)."""
+        if rank() == 0 and time.perf_counter() - self.last >= SAVE_SECONDS:
             self.save()
             self.last = time.perf_counter()
 
@@ -160,7 +161,9 @@ class Log:
     every: int = 50
 
     def __call__(self, **values: float | int | str | list) -> None:
-        """Append one record."""
+        """Append one record (rank 0)."""
+        if rank() != 0:
+            return
         rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()}
         line = json.dumps(rounded)
         print(line, flush=True)
@@ -169,53 +172,90 @@ class Log:
 
 
 def train_base(model: OrthrusLM, tokens: np.ndarray, stage: BaseStage, *, seed: int, log: Log, saver: Saver) -> int:
-    """Pretrain the base on a token stream; returns the number of steps taken."""
+    """Pretrain the base on a token stream; returns the number of steps taken. Ranks share the rows of a step."""
     device = next(model.parameters()).device
-    for p in model.parameters():
-        p.requires_grad_(False)
-    trained = {name: p.requires_grad_(True) for name, p in base_parameters(model).items()}
+    trained = thaw(model, base_parameters(model))
     optimisers = Optimisers(trained, learning_rate=stage.learning_rate, weight_decay=stage.weight_decay)
-    loss_of: Callable = torch.compile(next_token_loss) if device.type == "cuda" else next_token_loss
-    rows = token_rows(tokens, row_tokens=stage.row_tokens, rows_per_step=stage.rows_per_step, seed=seed, device=device)
+    passes = Passes(model, compiled=device.type == "cuda")
+    nll_of = passes.compile(next_token_nll)
+    num_passes = share_of_rank(stage.rows_per_step, stage.rows_per_pass)
+    rows = token_rows(
+        tokens, row_tokens=stage.row_tokens, rows_per_pass=stage.rows_per_pass, seed=seed + rank(), device=device
+    )
     clock = Clock(stage.num_steps, stage.max_seconds)
     step = 0
-    while (progress := clock.progress(step)) < 1:
-        loss = loss_of(model, next(rows))
-        loss.backward()
+    while (progress := agree(clock.progress(step), device)) < 1:
+        for _ in range(num_passes):
+            ids_BT = next(rows)
+            logits_BTV = model.logits(passes.ar(ids_BT[:, :-1])[0])
+            loss = nll_of(logits_BTV, ids_BT[:, 1:]).mean()
+            (loss / num_passes).backward()
         factor = schedule(progress, step, warmup_steps=stage.warmup_steps, cooldown_share=stage.cooldown_share)
         norm = optimisers.step(factor)
         if step % log.every == 0:
             log(stage="base", step=step, seconds=clock.seconds(), loss=loss.item(), norm=norm.item(), factor=factor)
         step += 1
         saver()
-    saver.save()
+    once(saver.save)
     return step
+
+
+def thaw(model: nn.Module, trained: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Let these parameters of the model be trained and no others; they are returned."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return {name: parameter.requires_grad_(True) for name, parameter in trained.items()}
+
+
+def share_of_rank(rows_per_step: int, rows_per_pass: int) -> int:
+    """Micro-batches that each rank does for a step."""
+    passes, rest = divmod(rows_per_step, rows_per_pass * num_ranks())
+    if rest or not passes:
+        raise ValueError(
+            f"rows_per_step {rows_per_step} must be a multiple of rows_per_pass {rows_per_pass} x {num_ranks()} ranks"
+        )
+    return passes
 
 
 @torch.no_grad()
 def held_out_loss(model: OrthrusLM, tokens: np.ndarray, *, row_tokens: int = 1024) -> float:
     """Mean cross-entropy in nats per token over whole rows of a held-out stream."""
     device = next(model.parameters()).device
+    passes = Passes(model, compiled=False)
     num_rows = (len(tokens) - 1) // row_tokens
     losses = []
     for i in range(num_rows):
-        row = torch.from_numpy(tokens[i * row_tokens : (i + 1) * row_tokens + 1].astype(np.int64)).to(device)
-        losses.append(next_token_loss(model, row[None]).item())
+        row = torch.from_numpy(tokens[i * row_tokens : (i + 1) * row_tokens + 1].astype(np.int64)).to(device)[None]
+        losses.append(next_token_nll(model.logits(passes.ar(row[:, :-1])[0]), row[:, 1:]).mean().item())
     return float(np.mean(losses))
 
 
-def view_step_loss(
-    model: OrthrusLM, ids_BT: Tensor, anchors_BA: Tensor, weights_J: Tensor, mask: object
-) -> tuple[Tensor, Tensor]:
-    """Loss and survival (`loss.view_loss`) of one micro-batch: a frozen AR pass, then the block pass. (), [K-1]."""
-    block_size, mask_token_id = model.config.block_size, model.config.mask_token_id
-    with torch.no_grad():
-        hidden_BTD, clean = ar_pass(model, ids_BT)
-        teacher_BTV = model.logits(hidden_BTD)
-    blocks = block_inputs(ids_BT, anchors_BA, block_size=block_size, mask_token_id=mask_token_id)
-    hidden = block_pass(model, blocks, clean, mask)
-    student_BAKV = model.logits(hidden).unflatten(1, (-1, block_size))
-    return view_loss(teacher_BTV, student_BAKV, anchors_BA, weights_J)
+class ViewTask:
+    """Loss of one micro-batch of view training: a frozen AR pass, then the block pass."""
+
+    def __init__(self, model: OrthrusLM, stage: ViewStage):
+        device, largest = next(model.parameters()).device, model.config.block_size
+        if wrong := [width for width, _ in stage.blocks if not 2 <= width <= largest]:
+            raise ValueError(f"blocks: width {wrong[0]} is not in 2 .. {largest}, the model's block size")
+        self.model, self.stage = model, stage
+        self.blocks = Blocks.of(stage.blocks, device)
+        self._passes = Passes(model, compiled=device.type == "cuda")
+        self._loss = self._passes.compile(view_loss)
+
+    def __call__(self, ids_BT: Tensor, anchors_BA: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss, and survival of the widest blocks (`loss.survival`). (), [K-1]."""
+        blocks, stage = self.blocks, self.stage
+        with torch.no_grad():
+            hidden_BTD, clean = self._passes.ar(ids_BT)
+            teacher_BTV = self.model.logits(hidden_BTD)
+        mask = block_mask(blocks, anchors_BA, num_clean=ids_BT.shape[1])
+        inputs = blocks.inputs(ids_BT, anchors_BA, self.model.config.mask_token_id)
+        student_BQV = self.model.logits(self._passes.blocks(inputs, clean, mask))
+        loss, agrees_BQ = self._loss(
+            blocks, teacher_BTV, student_BQV, anchors_BA,
+            decay=stage.position_decay, focus=stage.first_error_focus, temperature=stage.teacher_temperature,
+        )  # fmt: skip
+        return loss, survival(blocks, agrees_BQ)
 
 
 def train_view(
@@ -227,30 +267,25 @@ def train_view(
     log: Log,
     saver: Saver,
 ) -> int:
-    """Train the diffusion view; returns the number of steps taken.
+    """Train the diffusion view; returns the number of steps taken. Ranks share the rows of a step.
 
-    `rows` yields micro-batches for ever: ids [B, T], and the first and last position of an anchor in each row, [B] both
-    (a block must end inside its row: last <= T - K).
+    `rows` yields this rank's micro-batches for ever: ids [B, T], and the first and last position of an anchor in each
+    row, [B] both (a block must end inside its row: last <= T - K).
     """
     device = next(model.parameters()).device
-    for p in model.parameters():
-        p.requires_grad_(False)
-    trained = {name: p.requires_grad_(True) for name, p in model.view_parameters().items()}
+    trained = thaw(model, model.view_parameters())
     optimisers = Optimisers(trained, learning_rate=stage.learning_rate, weight_decay=stage.weight_decay)
-    loss_of: Callable = torch.compile(view_step_loss) if device.type == "cuda" else view_step_loss
-    block_size = model.config.block_size
-    weights_J = position_weights(block_size, stage.position_decay, device)
-    generator = torch.Generator(device).manual_seed(seed)
+    loss_of = ViewTask(model, stage)
+    generator = torch.Generator(device).manual_seed(seed + rank())
     batches, clock = iter(rows), Clock(stage.num_steps, stage.max_seconds)
-    passes = stage.rows_per_step // stage.rows_per_pass
+    num_passes = share_of_rank(stage.rows_per_step, stage.rows_per_pass)
     step = 0
-    while (progress := clock.progress(step)) < 1:
-        for _ in range(passes):
+    while (progress := agree(clock.progress(step), device)) < 1:
+        for _ in range(num_passes):
             ids_BT, first_B, last_B = next(batches)
-            anchors_BA = sample_anchors(first_B, last_B, num_anchors=stage.num_anchors, generator=generator)
-            mask = block_mask(anchors_BA, block_size=block_size, num_clean=ids_BT.shape[1])
-            loss, survival_J = loss_of(model, ids_BT, anchors_BA, weights_J, mask)
-            (loss / passes).backward()
+            anchors_BA = loss_of.blocks.sample(first_B, last_B, ids_BT.shape[1], generator)
+            loss, survival_J = loss_of(ids_BT, anchors_BA)
+            (loss / num_passes).backward()
         factor = schedule(progress, step, warmup_steps=stage.warmup_steps, cooldown_share=stage.cooldown_share)
         norm = optimisers.step(factor)
         if step % log.every == 0:
@@ -260,5 +295,5 @@ def train_view(
             )  # fmt: skip
         step += 1
         saver()
-    saver.save()
+    once(saver.save)
     return step

@@ -1,0 +1,5 @@
+"""`python -m orthrus` is `orthrus`: what torchrun starts."""
+
+from orthrus.cli.app import main
+
+main()

@@ -1,0 +1,63 @@
+"""Unlearning loops: which tokens are judged, and that a model that only knows a loop is taken out of it."""
+
+import math
+
+import numpy as np
+import torch
+
+from orthrus.config import OrthrusConfig
+from orthrus.model.modeling import OrthrusLM
+from orthrus.training.forward import Passes
+from orthrus.training.recipe import BaseStage, RolloutStage, UnlikelihoodStage
+from orthrus.training.trainer import Log, Saver, train_base
+from orthrus.training.unlikelihood import judge, train_unlikelihood, unlikelihood_loss
+
+
+def test_sampled_text_before_a_loop_is_good_and_repeats_inside_it_are_bad() -> None:
+    fresh, circle = list(range(100, 130)), [1, 2, 3, 4, 5]
+    looping = [*fresh, *circle * 20]
+    ids = torch.tensor([looping, looping, list(range(130))])
+    good, bad = judge(ids, torch.tensor([10, 10, 10]), torch.tensor([True, False, True]))
+    start = int(good[0].nonzero().max()) + 1
+    assert good[0].tolist() == [10 <= t < start for t in range(130)] and start <= 40
+    assert not good[1].any(), "greedy text is no example: it is what loops"
+    assert good[2].tolist() == [t >= 10 for t in range(130)] and not bad[2].any()
+    # The first turn is at 30 .. 34, so the first repeated run of four ends at 38.
+    assert bad[0].tolist() == [t >= max(38, start + 4) for t in range(130)]
+    assert torch.equal(bad[0], bad[1])
+
+
+def test_loss_equals_the_formula() -> None:
+    logits = torch.tensor([[[0.0, 1.0], [2.0, 0.0], [0.0, 0.0]]])
+    ids = torch.tensor([[1, 0, 0]])
+    good, bad = torch.tensor([[True, False, False]]), torch.tensor([[False, True, False]])
+    likely, bad_p = -math.log(math.e / (1 + math.e)), math.exp(2) / (1 + math.exp(2))
+    loss = unlikelihood_loss(logits, ids, good, bad, 0.5)
+    assert math.isclose(float(loss), likely - 0.5 * math.log(1 - bad_p), rel_tol=1e-5)
+
+
+def test_a_base_that_only_loops_unlearns_its_loop(tiny_config: OrthrusConfig, tmp_path) -> None:  # noqa: ANN001
+    torch.manual_seed(0)
+    model = OrthrusLM(tiny_config)
+    circles = np.tile(np.arange(5, 11, dtype=np.uint16), 400)
+    log = Log(path=tmp_path / "log.jsonl")
+    base = BaseStage(row_tokens=32, rows_per_step=8, rows_per_pass=8, num_steps=60, warmup_steps=5, learning_rate=0.02)
+    train_base(model, circles, base, seed=0, log=log, saver=Saver(save=lambda: None))
+    ids = torch.from_numpy(circles[:80].astype(np.int64))[None]
+
+    @torch.no_grad()
+    def loop_share() -> float:
+        """Share of the circle's tokens that greedy decoding would write."""
+        return (model.logits(Passes(model, compiled=False).ar(ids)[0])[0, 8:-1].argmax(-1) == ids[0, 9:]).float().mean()
+
+    assert loop_share() == 1.0, "the model was made to loop"
+    random = np.random.default_rng(0).integers(0, 90, 4000).astype(np.uint16)
+    stage = UnlikelihoodStage(
+        num_rounds=2, steps_per_round=10, rows_per_step=16, rows_per_pass=8, learning_rate=0.01,
+        rollouts=RolloutStage(
+            prompt_tokens=(8,), row_tokens=80, rows_per_batch=80, num_batches=1, sampled_share=0.25, temperature=1.0
+        ),
+    )  # fmt: skip
+    looping = train_unlikelihood(model, random, circles, stage, seed=0, log=log)["looping_share_of_greedy_rows"]
+    assert looping[0] == 1.0 and len(looping) == 2
+    assert loop_share() < 0.2
