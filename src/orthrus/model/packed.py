@@ -10,6 +10,7 @@ It is a second copy of the weights, so it is built only where it helps and where
     B = rows, T = positions of the pass, D = hidden width, N = query heads, G = key/value heads, H = head dimension
 """
 
+import math
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -151,20 +152,23 @@ class Product:
 
 
 class Norm:
-    """RMSNorm over the last dimension, rounded where the Hugging Face module rounds.
+    """RMSNorm over the last dimension, in fp32 and rounded once, whatever comes in.
 
-    Six small kernels, none of which wakes a second thread at the sizes of a decoding pass.
+    x / sqrt(mean(x^2) + eps) * w, written as x / hypot(|x|, sqrt(D eps)) * (sqrt(D) w): what counts at the sizes of a
+    decoding pass is the number of kernels.
     """
 
     def __init__(self, weight: Tensor, eps: float):
-        self._weight = weight.detach()
-        self._eps = torch.tensor(eps)
+        width = weight.shape[-1]
+        self._dtype = weight.dtype
+        self._weight = weight.detach().float() * math.sqrt(width)
+        self._floor = torch.tensor(math.sqrt(width * eps))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
-        return torch.mul(x, scale).to(x.dtype).mul_(self._weight)
+        """[..., D] -> [..., D] in the weight's dtype."""
+        x = x.float()
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return torch.div(x, size.hypot_(self._floor)).mul_(self._weight).to(self._dtype)
 
     @classmethod
     def of(cls, norm: nn.Module) -> "Norm":
@@ -226,11 +230,11 @@ class PackedModel:
 
     def run(self, ids_BT: Tensor, positions_BT: Tensor, attend: Attend, view: View) -> Tensor:
         """What `attention.run_layers` computes: all layers in one view; final hidden states, normed. [B, T, D]."""
-        hidden_BTD = self._embed(ids_BT)
+        hidden_BTD = self._embed(ids_BT).float()
         rope_BT2H = self._rope(positions_BT)
         cos, sin = rope_BT2H[:, :, 0, None], rope_BT2H[:, :, 1, None]
         for layer in self._views[view]:
-            hidden_BTD = hidden_BTD + self._attention(layer, hidden_BTD, (cos, sin), attend)
+            hidden_BTD += self._attention(layer, hidden_BTD, (cos, sin), attend)
             hidden_BTD += layer.shared.mlp(hidden_BTD)
         return self._norm(hidden_BTD)
 
