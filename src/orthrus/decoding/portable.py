@@ -124,7 +124,7 @@ class PortableBackend:
         """Cache the row's tokens from `num_kept` on, in chunks, and choose the token that follows."""
         watch = Stopwatch(self.device)
         watch.mark()
-        self._packed = pack(self.model, self._packed)
+        self._packed = pack(self.model)
         if row.index not in self.cache:
             self.cache.add(row.index)
         self.cache.truncate(row.index, num_kept)
@@ -317,7 +317,7 @@ def attend_sdpa(write: Writer, reach: Reach, model: nn.Module) -> Attend:
         rows, _, num_positions, _ = q_BNTH.shape
         q = q_BNTH.reshape(rows, num_groups, num_shared * num_positions, head_dim)
         mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=attention.scaling)
-        mixed_BNTH = mixed.unflatten(2, (num_shared, num_positions)).flatten(1, 2)
+        mixed_BNTH = mixed.view(rows, num_groups * num_shared, num_positions, head_dim)
         return mixed_BNTH.transpose(1, 2).reshape(rows, num_positions, -1)
 
     return attend

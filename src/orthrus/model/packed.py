@@ -15,6 +15,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,8 @@ def num_bytes(model: nn.Module) -> int:
 
 
 Stamp = tuple[int, int, float]
+_packed: "WeakKeyDictionary[nn.Module, PackedModel]" = WeakKeyDictionary()
+"""What `pack` keeps, for as long as the model lives. Not on the model, which people copy and pickle."""
 
 
 def stamp(tensor: Tensor) -> Stamp:
@@ -118,17 +121,18 @@ def stamps(model: nn.Module) -> list[Stamp]:
 
 
 @torch.inference_mode()
-def pack(model: nn.Module, previous: "PackedModel | None" = None) -> "PackedModel | None":
-    """The packed form of the model as its weights are now, `previous` where they have not changed since.
+def pack(model: nn.Module) -> "PackedModel | None":
+    """The packed form of the model as its weights are now; None where it cannot be packed or is too large to be copied.
 
-    None where the model cannot be packed, or is too large to be copied.
+    Kept for the next call: a model is packed once, and again when anything that was copied has changed.
     """
     if not can_pack(model) or num_bytes(model) > MAX_BYTES:
+        _packed.pop(model, None)
         return None
-    current = stamps(model)
-    if previous is not None and previous.stamps == current:
-        return previous
-    return PackedModel(model, current)
+    current, known = stamps(model), _packed.get(model)
+    if known is None or known.stamps != current:
+        known = _packed[model] = PackedModel(model, current)
+    return known
 
 
 # --- what a pass consists of -------------------------------------------------------------------------------------
@@ -244,11 +248,12 @@ class PackedModel:
 
     def _attention(self, layer: PackedLayer, hidden_BTD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """Norm and attention, without the residual."""
-        qkv_BTNH = layer.qkv(layer.shared.input_norm(hidden_BTD)).unflatten(-1, (-1, self._head_dim))
-        qk_BTNH, v_BTGH = qkv_BTNH.tensor_split((self._num_q + self._num_kv,), dim=2)
+        num_q, num_kv = self._num_q, self._num_kv
+        qkv_BTNH = layer.qkv(layer.shared.input_norm(hidden_BTD)).view(*hidden_BTD.shape[:2], -1, self._head_dim)
+        qk_BTNH, v_BTGH = qkv_BTNH.split((num_q + num_kv, num_kv), dim=2)
         if layer.qk_norm is not None:
             qk_BTNH = layer.qk_norm(qk_BTNH)
-        q_BNTH, k_BGTH = rotate(qk_BTNH, *rope).transpose(1, 2).tensor_split((self._num_q,), dim=1)
+        q_BNTH, k_BGTH = rotate(qk_BTNH, *rope).transpose(1, 2).split((num_q, num_kv), dim=1)
         return layer.out(attend(layer.attention, q_BNTH, k_BGTH, v_BTGH.transpose(1, 2)))
 
     def _rope(self, positions_BT: Tensor) -> Tensor:
