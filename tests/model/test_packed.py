@@ -253,6 +253,14 @@ def test_other_dtypes_and_devices_are_left_alone():
     assert not can_pack(fresh().to("meta"))
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_switching_onednn_off_switches_packing_off():
+    model = fresh()
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not can_pack(model)
+    assert can_pack(model)
+
+
 def test_large_models_are_not_copied(monkeypatch):
     model = fresh()
     monkeypatch.setattr(packed, "MAX_BYTES", packed.num_bytes(model))

@@ -48,7 +48,9 @@ def can_pack(model: nn.Module) -> bool:
 
 def has_packed_products(dtype: torch.dtype) -> bool:
     """Whether this build of torch and this processor have the operators for the dtype. Measured on x86 alone."""
-    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
     if not all(hasattr(torch.ops.mkldnn, name) for name in OPERATORS):
         return False
