@@ -20,8 +20,9 @@ NUM_NEW = 1 + BLOCK * (BLOCK + 1) // 2
 def bf16_subject(implementation: str, width: int = 128) -> OrthrusForCausalLM:
     config = OrthrusConfig(
         vocab_size=263, hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True, block_size=BLOCK,
-        mask_token_id=262, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=1024,
+        tie_word_embeddings=True, block_size=BLOCK, mask_token_id=262, bos_token_id=None, eos_token_id=None,
+        pad_token_id=None,
     )  # fmt: skip
     config._attn_implementation = implementation
     model = OrthrusForCausalLM(config).eval()

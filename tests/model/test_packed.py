@@ -189,6 +189,25 @@ def test_an_open_backend_decodes_with_the_weights_of_the_moment(edit: Callable[[
     assert torch.equal(after, logits(PortableBackend(copy.deepcopy(model))))
 
 
+def replace_embedding(model: nn.Module) -> None:
+    model.set_input_embeddings(nn.Embedding.from_pretrained(torch.randn(SHAPE["vocab_size"], SHAPE["hidden_size"])))
+
+
+def widen_rope(model: nn.Module) -> None:
+    model.model.rotary_emb.inv_freq *= 0.5
+
+
+@pytest.mark.parametrize("edit", [replace_embedding, widen_rope], ids=lambda edit: edit.__name__)
+@torch.inference_mode()
+def test_what_is_not_a_packed_weight_is_current_too(edit: Callable[[nn.Module], None]):
+    model = fresh()
+    before = hidden(model, "ar", is_packed=True)
+    edit(model)
+    ours = hidden(model, "ar", is_packed=True)
+    torch.testing.assert_close(ours, hidden(model, "ar", is_packed=False), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(ours, before, atol=1e-2), "the edit changed nothing"
+
+
 def test_the_copy_dies_with_the_model():
     model = fresh()
     alive = weakref.ref(pack(model))

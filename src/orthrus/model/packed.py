@@ -224,7 +224,8 @@ class PackedModel:
         config = model.config
         self._num_q, self._num_kv = config.num_attention_heads, config.num_key_value_heads
         self._head_dim: int = config.head_dim
-        self._embed, self._rotary = model.model.embed_tokens, model.model.rotary_emb
+        self._decoder = model.model
+        """Asked for what is not copied: embeddings and rotary positions. It holds no reference to `model`."""
         self._views: dict[View, list[PackedLayer]] = {"ar": [], "diffusion": []}
         for layer in model.model.layers:
             shared = pack_shared(layer)
@@ -236,7 +237,7 @@ class PackedModel:
 
     def run(self, ids_BT: Tensor, positions_BT: Tensor, attend: Attend, view: View) -> Tensor:
         """What `attention.run_layers` computes: all layers in one view; final hidden states, normed. [B, T, D]."""
-        hidden_BTD = self._embed(ids_BT).float()
+        hidden_BTD = self._decoder.embed_tokens(ids_BT).float()
         rope_BT2H = self._rope(positions_BT)
         cos, sin = rope_BT2H[:, :, 0, None], rope_BT2H[:, :, 1, None]
         for layer in self._views[view]:
@@ -260,7 +261,7 @@ class PackedModel:
 
     def _rope(self, positions_BT: Tensor) -> Tensor:
         """Cosines and signed sines of these positions. [B, T, 2, H]."""
-        if self._rotary.rope_type != "default":  # some other types look at the positions they are given
+        if self._decoder.rotary_emb.rope_type != "default":  # some other types look at the positions they are given
             return self._signed_rope(positions_BT)
         num_positions = int(positions_BT.max()) + 1
         if num_positions > len(self._rope_P2H):
@@ -269,7 +270,7 @@ class PackedModel:
         return self._rope_P2H[positions_BT]
 
     def _signed_rope(self, positions_BT: Tensor) -> Tensor:
-        cos, sin = self._rotary(self._rope_P2H, positions_BT)
+        cos, sin = self._decoder.rotary_emb(self._rope_P2H, positions_BT)
         first, second = sin.chunk(2, dim=-1)
         return torch.stack([cos, torch.cat([-first, second], dim=-1)], dim=2)
 
