@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 import torch
 
+import orthrus.model.packed as packed
 from orthrus.config import OrthrusConfig
 from orthrus.decoding.decoder import Decoder
 from orthrus.decoding.generate import OrthrusForCausalLM
@@ -16,11 +17,12 @@ NUM_NEW = 1 + BLOCK * (BLOCK + 1) // 2
 
 
 @cache
-def bf16_subject(implementation: str) -> OrthrusForCausalLM:
+def bf16_subject(implementation: str, width: int = 128) -> OrthrusForCausalLM:
     config = OrthrusConfig(
-        vocab_size=263, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True, block_size=BLOCK,
-        mask_token_id=262, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        vocab_size=263, hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=1024,
+        tie_word_embeddings=True, block_size=BLOCK, mask_token_id=262, bos_token_id=None, eos_token_id=None,
+        pad_token_id=None,
     )  # fmt: skip
     config._attn_implementation = implementation
     model = OrthrusForCausalLM(config).eval()
@@ -39,9 +41,9 @@ def decode_logits(backend: PortableBackend, prompts: list[list[int]], *, draftin
     return texts, logits, accepted
 
 
-def differing_tokens(implementation: str, *, exact: bool, num_rows: int = 1) -> int:
+def differing_tokens(implementation: str, *, exact: bool, num_rows: int = 1, width: int = 128) -> int:
     """Tokens whose logits differ in some bit between AR decoding and drafting with every acceptance count."""
-    model = bf16_subject(implementation)
+    model = bf16_subject(implementation, width)
     prompts = [random_prompt(9 + 30 * row, seed=row) for row in range(num_rows)]
     texts, plain, _ = decode_logits(PortableBackend(model, exact=exact), prompts, drafting=False)
     truth = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
@@ -65,6 +67,16 @@ def test_exact_logits_have_the_same_bits_with_and_without_drafting(implementatio
 
 def test_exact_logits_have_the_same_bits_in_a_ragged_batch():
     assert differing_tokens("sdpa", exact=True, num_rows=3) == 0
+
+
+def test_exact_holds_at_the_width_of_the_bundled_model():
+    """Products of other sizes run other kernels."""
+    assert differing_tokens("sdpa", exact=True, width=512) == 0
+
+
+def test_exact_holds_without_packed_weights(monkeypatch):
+    monkeypatch.setattr(packed, "MAX_BYTES", 0)
+    assert differing_tokens("sdpa", exact=True) == 0
 
 
 def test_without_exact_some_bits_differ():

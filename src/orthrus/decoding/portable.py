@@ -27,6 +27,7 @@ from orthrus.decoding.chooser import Chooser
 from orthrus.decoding.row import Cycle, Outcome, Row
 from orthrus.model.attention import Attend, View, run_layers
 from orthrus.model.masks import draft_mask, verify_mask
+from orthrus.model.packed import PackedModel, pack
 
 PREFILL_CHUNK = 512
 """Prompt tokens of one prefill pass: its mask has chunk x prompt entries."""
@@ -110,6 +111,7 @@ class PortableBackend:
         self.max_positions: int = config.max_position_embeddings
         self._mask_token: int | None = config.mask_token_id
         self._prefill_chunk = prefill_chunk
+        self._packed: PackedModel | None = None
         self._mix = attention_kind(config._attn_implementation)
         self.cache = Cache(
             config.num_hidden_layers, config.num_key_value_heads, config.head_dim, dtype=self.dtype, device=self.device
@@ -122,6 +124,7 @@ class PortableBackend:
         """Cache the row's tokens from `num_kept` on, in chunks, and choose the token that follows."""
         watch = Stopwatch(self.device)
         watch.mark()
+        self._packed = pack(self.model)
         if row.index not in self.cache:
             self.cache.add(row.index)
         self.cache.truncate(row.index, num_kept)
@@ -132,7 +135,7 @@ class PortableBackend:
             reach = self._reach([row], len(chunk), start + len(chunk))
             hidden = self._run(ids_1T, reach, "ar")
             self.cache.commit(row.index, len(chunk))
-        logits_11V = self.model.logits(hidden[:, -1:])
+        logits_11V = self._logits(hidden[:, -1:])
         if bool(torch.isnan(logits_11V).any()):
             raise ValueError("the model's logits are not numbers (NaN): the checkpoint's weights are broken")
         none_B0 = torch.empty(1, 0, dtype=torch.long, device=self.device)
@@ -209,26 +212,32 @@ class PortableBackend:
         if self._mask_token is None:
             raise ValueError("the configuration has no mask_token_id: this model cannot draft, decode without drafting")
         reach = self._reach(rows, ids_BW.shape[1], num_slots, is_draft=True)
-        return self.model.logits(self._run(ids_BW, reach, "diffusion")[:, :-1])
+        return self._logits(self._run(ids_BW, reach, "diffusion")[:, :-1])
 
     def _verify_logits(self, rows: list[Row], ids_BW: Tensor, num_slots: int) -> Tensor:
         """The AR view over [anchor, drafts]. [B, W, V]."""
         num_columns = ids_BW.shape[1]
         if not self.exact:
-            return self.model.logits(self._run(ids_BW, self._reach(rows, num_columns, num_slots), "ar"))
+            return self._logits(self._run(ids_BW, self._reach(rows, num_columns, num_slots), "ar"))
         logits = []
         for b, row in enumerate(rows):
             ids_1R = F.pad(ids_BW[b : b + 1], (0, row.block_size - num_columns))
             reach = self._reach([row], row.block_size, self._padded_slots(row))
             # The LM head too sees all R rows: its bits depend on their number like any other layer's.
-            logits.append(self.model.logits(self._run(ids_1R, reach, "ar"))[:, :num_columns])
+            logits.append(self._logits(self._run(ids_1R, reach, "ar"))[:, :num_columns])
         return torch.cat(logits)
 
     def _run(self, ids_BT: Tensor, reach: Reach, view: View) -> Tensor:
         """One pass: final hidden states [B, T, D], its keys and values written, no length moved."""
         positions_BT = reach.lengths_B[:, None] + torch.arange(reach.num_positions, device=self.device)
         write = self._writer(reach, positions_BT)
-        return run_layers(self.model.model, ids_BT, positions_BT, self._mix(write, reach, self.model), view)
+        attend = self._mix(write, reach, self.model)
+        if self._packed is not None:
+            return self._packed.run(ids_BT, positions_BT, attend, view)
+        return run_layers(self.model.model, ids_BT, positions_BT, attend, view)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return (self._packed or self.model).logits(hidden)
 
     def _writer(self, reach: Reach, positions_BT: Tensor) -> "Writer":
         strips, num_slots = reach.strips, reach.num_slots
@@ -308,7 +317,7 @@ def attend_sdpa(write: Writer, reach: Reach, model: nn.Module) -> Attend:
         rows, _, num_positions, _ = q_BNTH.shape
         q = q_BNTH.reshape(rows, num_groups, num_shared * num_positions, head_dim)
         mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=attention.scaling)
-        mixed_BNTH = mixed.unflatten(2, (num_shared, num_positions)).flatten(1, 2)
+        mixed_BNTH = mixed.view(rows, num_groups * num_shared, num_positions, head_dim)
         return mixed_BNTH.transpose(1, 2).reshape(rows, num_positions, -1)
 
     return attend
