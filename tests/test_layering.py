@@ -13,7 +13,7 @@ FILES = sorted(path for path in SOURCE.rglob("*.py") if "assets" not in path.par
 
 # cli -> {serving, training, evaluation, datagen} -> engine -> decoding -> model -> config
 RANK = {
-    "cli": 5,
+    "cli": 5, "__main__": 5,
     "serving": 4, "training": 4, "evaluation": 4, "datagen": 4,
     "engine": 3, "decoding": 2, "model": 1, "config": 0, "environment": 0,
 }  # fmt: skip

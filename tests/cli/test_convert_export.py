@@ -41,6 +41,13 @@ def test_there_and_back_is_the_same_model(view: Path, model: Path, base: Path, t
     assert tensor_names(tmp_path / "view") == tensor_names(view)
 
 
+def test_merged_without_code_is_the_same_model_and_names_no_code(view: Path, model: Path, tmp_path: Path):
+    run("export", view, tmp_path / "plain", "--no-remote-code")
+    assert not list((tmp_path / "plain").glob("*.py")), "no code was asked for"
+    assert "auto_map" not in (tmp_path / "plain" / "config.json").read_text(), "a loader would look for the code"
+    assert text_of(tmp_path / "plain") == text_of(model)
+
+
 @pytest.mark.parametrize("command", ["convert", "export"])
 def test_full_folder_is_not_overwritten_unless_forced(command: str, base: Path, model: Path, tmp_path: Path):
     source = base if command == "convert" else model

@@ -18,6 +18,9 @@ def export(
     revision: options.Revision = None,
     base: options.Base = None,
     dtype: options.Dtype = "auto",
+    remote_code: Annotated[
+        bool, typer.Option(help="Put code for trust_remote_code beside a merged checkpoint's weights.")
+    ] = True,
     force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
@@ -28,5 +31,7 @@ def export(
     from orthrus.model.export import export as write
 
     quiet()
-    folder = write(model, out, form=form, revision=revision, base=base, dtype=dtype, force=force)
+    folder = write(
+        model, out, form=form, revision=revision, base=base, dtype=dtype, remote_code=remote_code, force=force
+    )
     print_written(folder, form, as_json=as_json)

@@ -130,9 +130,13 @@ def save_merged(
     folder: str | os.PathLike,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    remote_code: bool = True,
     force: bool = False,
 ) -> None:
-    """Write base and view in the released checkpoints' layout, with code for `trust_remote_code`."""
+    """Write base and view in the released checkpoints' layout, with code for `trust_remote_code` unless told not to.
+
+    Without the code only loaders that know the method (this package) find the view; others see the base.
+    """
     report: LoadReport | None = getattr(model, "load_report", None)
     with whole_folder(Path(folder), force=force) as staging:
         tensors = model.state_dict()
@@ -140,7 +144,9 @@ def save_merged(
             tensors.pop(HEAD, None)
         write_tensors(tensors, staging)
         base = report.base if report is not None else None
-        write_json(staging / "config.json", merged_fields(model, base))
+        write_json(
+            staging / "config.json", merged_fields(model, base) | ({"auto_map": AUTO_MAP} if remote_code else {})
+        )
         (staging / "README.md").write_text(
             card(base, form="merged", block_size=model.config.block_size), encoding="utf-8"
         )
@@ -149,7 +155,7 @@ def save_merged(
         write_json(staging / "generation_config.json", generation)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-        for name, source in remote_code().items():
+        for name, source in code_files().items() if remote_code else ():
             (staging / name).write_text(source, encoding="utf-8")
 
 
@@ -159,7 +165,6 @@ def merged_fields(model: OrthrusLM, base: BaseName | None) -> dict[str, Any]:
     return fields | {
         "architectures": ["OrthrusLM"],
         "model_type": "qwen3",
-        "auto_map": AUTO_MAP,
         "dtype": str(model.dtype).removeprefix("torch."),
         "orthrus_version": __version__,
         **(base_fields(base) if base is not None else {}),
@@ -256,14 +261,15 @@ def export(
     revision: str | None = None,
     base: str | os.PathLike | None = None,
     dtype: Any = None,
+    remote_code: bool = True,
     force: bool = False,
     **options: Any,
 ) -> Path:
-    """Write a checkpoint in another form; returns the folder."""
+    """Write a checkpoint in another form; returns the folder. `remote_code` concerns the merged form alone."""
     check_replaceable(Path(out), force=force)
     model = load_model(source, revision=revision, base=base, dtype=dtype, **options)
     tokenizer = tokenizer_of(source, revision=revision, base=base, **options)
-    return save(model, Path(out), tokenizer, form=form, force=force)
+    return save(model, Path(out), tokenizer, form=form, remote_code=remote_code, force=force)
 
 
 def save(
@@ -272,13 +278,14 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     form: Literal["view", "merged"],
+    remote_code: bool = True,
     force: bool = False,
 ) -> Path:
     """Write one of the two forms; a view file leaves the tokenizer to its base."""
     if form == "view":
         save_view(model, out, force=force)
     elif form == "merged":
-        save_merged(model, out, tokenizer, force=force)
+        save_merged(model, out, tokenizer, remote_code=remote_code, force=force)
     else:
         raise ValueError(f"form must be 'view' or 'merged', got {form!r}")
     return out
@@ -311,7 +318,7 @@ def spare_token(
 # --- remote code -------------------------------------------------------------------------------------------------
 
 
-def remote_code() -> dict[str, str]:
+def code_files() -> dict[str, str]:
     """File name to source of everything that `trust_remote_code` needs."""
     modules = closure(ENTRY)
     header = (
