@@ -22,7 +22,7 @@ PROMPT := 'def read_config(path: str) -> dict[str, str]:\n    """Read a file of 
 .PHONY: demo test lint format gpu-test bench test-oldest test-newest clean
 
 demo: $(VENV)/.installed
-	@printf $(PROMPT) | $(BIN)/orthrus generate - --compare --block-size 8 --max-new-tokens 200
+	@printf $(PROMPT) | $(BIN)/orthrus generate - --compare --max-new-tokens 200
 
 test: $(VENV)/.installed
 	$(PYTEST) $(BIN)/python $(TESTS)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from orthrus.cli import session
 from orthrus.cli.app import app
 from tests.cli.commands import OFFLINE, PROGRAM, last_json, refused, run, run_process
 from tests.cli.tiny import CONTEXT, END, START
@@ -38,6 +39,12 @@ def test_text_is_the_same_without_drafting_and_at_any_block_size(model: Path):
     assert plain["mode"] == "ar" and plain["stats"]["num_drafted"] == 0
     for block_size in (2, 5, 8):
         assert generate(model, PROMPT, "--block-size", block_size)["text"] == plain["text"]
+
+
+def test_blocks_are_short_on_a_cpu_unless_asked_for(model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(session, "CPU_BLOCK_SIZE", 4)
+    assert generate(model, PROMPT)["block_size"] == 4
+    assert generate(model, PROMPT, "--block-size", 8)["block_size"] == 8
 
 
 def test_streamed_text_is_the_json_text_and_stdout_holds_nothing_else(model: Path):

@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_mask
 
-from orthrus.model.masks import block_training_mask, draft_mask, verify_mask
+from orthrus.model.masks import block_training_mask, block_training_rule, draft_mask, verify_mask
 
 
 @pytest.mark.parametrize("num_queries", [1, 2, 5])
@@ -55,6 +56,14 @@ def test_training_mask_shows_tokens_before_the_anchor_and_the_own_block(widths: 
         else:
             truth = block[k - num_clean] == block[q]
         assert mask[b, q, k] == truth, f"row {b}, query {q}, key {k}, anchor {anchor}"
+
+
+def test_training_rule_of_flex_attention_is_the_training_mask():
+    anchors, num_clean = torch.tensor([[0, 2, 5], [4, 4, 8]]), 9
+    block = torch.tensor([number for number, width in enumerate((4, 2, 3)) for _ in range(width)])
+    rule = block_training_rule(anchors, block, num_clean)
+    mask = create_mask(rule, 2, 1, len(block), num_clean + len(block), device="cpu")
+    assert torch.equal(mask[:, 0], block_training_mask(anchors, block, num_clean)), "GPU and CPU train different views"
 
 
 def test_training_mask_hides_the_clean_anchor_from_its_own_block():

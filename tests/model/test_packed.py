@@ -16,7 +16,7 @@ from orthrus.decoding.decoder import Decoder
 from orthrus.decoding.generate import OrthrusForCausalLM
 from orthrus.decoding.portable import PortableBackend
 from orthrus.model.attention import View, causal_attend, run_layers
-from orthrus.model.packed import PackedModel, Product, can_pack, pack
+from orthrus.model.packed import Norm, PackedModel, Product, can_pack, pack
 from tests.decoding.subjects import BLOCK, MASK, SHAPE, decode_all, random_prompt, randomise, request, subject
 
 pytestmark = pytest.mark.skipif(not packed.has_packed_products(torch.float32), reason="no packed products here")
@@ -81,6 +81,18 @@ def test_fp32_passes_are_the_plain_ones(view: View, fields: dict):
     torch.testing.assert_close(found.logits(ours), model.logits(plain), rtol=1e-3, atol=1e-3)
     other = hidden(model, "ar" if view == "diffusion" else "diffusion", is_packed=True)
     assert not torch.allclose(ours, other, atol=1e-2), "the comparison cannot tell the views apart"
+
+
+@pytest.mark.parametrize("shape", [(512,), (12, 64), (20, 64), (3, 24)])
+def test_a_norm_gives_a_row_the_same_bits_among_any_number_of_rows(shape: tuple[int, ...]):
+    """Exact decoding rests on it: a plain step's one row is a verify pass's row in another place."""
+    torch.manual_seed(0)
+    norm = Norm(torch.rand(shape), 1e-6)
+    row = torch.randn(shape)
+    alone = norm(row[None, None])
+    for num_rows in range(1, 65):
+        rows = norm(row.expand(1, num_rows, *shape).contiguous())
+        assert (rows == alone).all(), f"{num_rows} rows: a row's bits depend on where it stands"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

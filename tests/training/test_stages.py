@@ -1,6 +1,7 @@
 """A whole run through the command line: base, rollouts, view, and text from what it wrote."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 from orthrus.cli.app import app
 from orthrus.model.checkpoint import load_model
 from orthrus.training import stages, trainer
+from orthrus.training.recipe import load_recipe
 from orthrus.training.shards import save_tokenizer, train_tokenizer, write_shards
 
 RECIPE = """
@@ -17,7 +19,7 @@ name: toy
 shape: {vocab_size: 512, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4,
   num_key_value_heads: 2, head_dim: 8, max_position_embeddings: 256, block_size: 4}
 base: {row_tokens: 32, rows_per_step: 4, rows_per_pass: 2, num_steps: 8, warmup_steps: 1}
-unlikelihood: {num_rounds: 2, steps_per_round: 2, rows_per_step: 8, rows_per_pass: 2,
+unlikelihood: {num_rounds: 2, steps_per_round: 2, rows_per_step: 8, own_rows_per_pass: 2, corpus_rows_per_pass: 2,
   rollouts: {prompt_tokens: [8], row_tokens: 80, rows_per_batch: 8, num_batches: 1, sampled_share: 0.5}}
 rollouts: {prompt_tokens: [4, 8], row_tokens: 80, rows_per_batch: 8, num_batches: 2, min_tokens: 0, sampled_share: 1.0}
 view: {rows_per_step: 4, rows_per_pass: 2, blocks: [[4, 2], [2, 2]], num_steps: 6, warmup_steps: 1}
@@ -89,3 +91,33 @@ def test_a_run_that_is_cut_off_leaves_its_last_save(run: Path, monkeypatch: pyte
     assert result.exit_code != 0
     saved = load_model(run / "out" / "view").view_parameters()
     assert any(not torch.equal(saved[name], kept[name]) for name in kept), "three steps were taken, none was saved"
+
+
+def test_rollouts_of_another_base_are_refused(run: Path) -> None:
+    device = torch.device("cpu")
+    recipe, corpus, out = load_recipe(run / "recipe.yaml", ["seed=1"]), run / "corpus", run / "other"
+    shutil.copytree(run / "out" / "rollouts", out / "rollouts")
+    with pytest.raises(ValueError, match="holds no train_"):
+        stages.run_base(recipe, run / "nowhere", out, device)
+    stages.run_base(recipe, corpus, out, device)
+    with pytest.raises(ValueError, match="written by another base"):
+        stages.run_view(recipe, corpus, out, device)
+
+
+def test_loops_are_unlearned_once(run: Path) -> None:
+    recipe = load_recipe(run / "recipe.yaml")
+    with pytest.raises(ValueError, match="has been through the unlikelihood stage"):
+        stages.run_unlikelihood(recipe, run / "corpus", run / "out", torch.device("cpu"))
+    facts = json.loads((run / "out" / "base" / "provenance.json").read_text())
+    assert facts["num_steps"] == 8 and len(facts["unlikelihood"]["looping_share_of_greedy_rows"]) == 2
+
+
+def test_kept_tokens_follow_the_corpus(run: Path, tmp_path: Path) -> None:
+    before = stages.load_tokens(run / "corpus", "train", tmp_path)
+    shutil.copytree(run / "corpus", tmp_path / "corpus")
+    write_shards(
+        ["x = 1\n"], folder=tmp_path / "corpus", name="train", num_shards=2,
+        tokenizer_folder=tmp_path / "corpus" / "tokenizer",
+    )  # fmt: skip
+    after = stages.load_tokens(tmp_path / "corpus", "train", tmp_path)
+    assert len(after) != len(before), "the corpus was made anew, its old tokens were taken"

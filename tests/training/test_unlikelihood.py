@@ -40,7 +40,7 @@ def test_a_base_that_only_loops_unlearns_its_loop(tiny_config: OrthrusConfig, tm
     torch.manual_seed(0)
     model = OrthrusLM(tiny_config)
     circles = np.tile(np.arange(5, 11, dtype=np.uint16), 400)
-    log = Log(path=tmp_path / "log.jsonl")
+    log = Log(stage="test", path=tmp_path / "log.jsonl")
     base = BaseStage(row_tokens=32, rows_per_step=8, rows_per_pass=8, num_steps=60, warmup_steps=5, learning_rate=0.02)
     train_base(model, circles, base, seed=0, log=log, saver=Saver(save=lambda: None))
     ids = torch.from_numpy(circles[:80].astype(np.int64))[None]
@@ -48,12 +48,14 @@ def test_a_base_that_only_loops_unlearns_its_loop(tiny_config: OrthrusConfig, tm
     @torch.no_grad()
     def loop_share() -> float:
         """Share of the circle's tokens that greedy decoding would write."""
-        return (model.logits(Passes(model, compiled=False).ar(ids)[0])[0, 8:-1].argmax(-1) == ids[0, 9:]).float().mean()
+        choices = model.logits(Passes(model, compiled=False).ar(ids)[0])[0, 8:-1].argmax(-1)
+        return float((choices == ids[0, 9:]).float().mean())
 
     assert loop_share() == 1.0, "the model was made to loop"
     random = np.random.default_rng(0).integers(0, 90, 4000).astype(np.uint16)
     stage = UnlikelihoodStage(
-        num_rounds=2, steps_per_round=10, rows_per_step=16, rows_per_pass=8, learning_rate=0.01,
+        num_rounds=2, steps_per_round=10, learning_rate=0.01,
+        rows_per_step=16, own_rows_per_pass=8, corpus_rows_per_pass=8,
         rollouts=RolloutStage(
             prompt_tokens=(8,), row_tokens=80, rows_per_batch=80, num_batches=1, sampled_share=0.25, temperature=1.0
         ),

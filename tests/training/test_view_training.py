@@ -150,7 +150,7 @@ def test_only_the_view_changes_and_its_loss_falls(model: OrthrusLM, tmp_path) ->
             yield ids[:2], torch.tensor([1, 2]), torch.tensor([32, 32])
             yield ids[2:], torch.tensor([3, 4]), torch.tensor([32, 32])
 
-    log, saver = Log(path=tmp_path / "log.jsonl"), Saver(save=lambda: None)
+    log, saver = Log(stage="test", path=tmp_path / "log.jsonl"), Saver(save=lambda: None)
     assert train_view(model, rows(), stage, seed=0, log=log, saver=saver) == 40
     assert digest(False) == base_before, "training the view changed the frozen base"
     assert digest(True) != view_before
@@ -158,8 +158,8 @@ def test_only_the_view_changes_and_its_loss_falls(model: OrthrusLM, tmp_path) ->
 
 
 def test_a_step_that_cannot_be_shared_and_a_block_too_wide_are_refused(model: OrthrusLM, tmp_path) -> None:  # noqa: ANN001
-    log, saver = Log(path=tmp_path / "log.jsonl"), Saver(save=lambda: None)
-    with pytest.raises(ValueError, match="rows_per_step 5 must be a multiple of rows_per_pass 2"):
+    log, saver = Log(stage="test", path=tmp_path / "log.jsonl"), Saver(save=lambda: None)
+    with pytest.raises(ValueError, match="rows_per_step 5 must be a multiple of the 2 rows"):
         train_view(
             model, [], ViewStage(rows_per_step=5, rows_per_pass=2, blocks=((8, 1),)), seed=0, log=log, saver=saver
         )
@@ -190,7 +190,7 @@ def test_muon_equals_torch_muon_matrix_by_matrix() -> None:
 def test_bulk_continuations_equal_stock_greedy_generation(model: OrthrusLM) -> None:
     prompts = torch.randint(0, 96, (3, 10))
     stock = model.generate(prompts, max_new_tokens=20, do_sample=False, pad_token_id=0)
-    ours = continue_rows(model, prompts, 30, torch.zeros(3, 1), torch.Generator())
+    ours = continue_rows(model, prompts, 30)
     assert torch.equal(ours, stock)
 
 

@@ -19,6 +19,10 @@ from orthrus.decoding.stopping import Stopping, eos_token_ids
 from orthrus.environment import bundled_or, pick_device, versions
 from orthrus.model.checkpoint import load_model, load_tokenizer
 
+CPU_BLOCK_SIZE = 8
+"""Positions per cycle on a CPU unless told otherwise: there every row of a pass costs, and 8 wrote fastest of 4, 8, 16
+and 32 with the bundled model in bf16 (docs/benchmarks.md)."""
+
 Show = Callable[[Record], None]
 
 
@@ -123,6 +127,8 @@ def open_session(
     )
     tokenizer = load_tokenizer(where, revision=revision, base=base)
     backend = PortableBackend(loaded, exact=exact)
+    if block_size is None and backend.device.type == "cpu":
+        block_size = min(CPU_BLOCK_SIZE, backend.max_block_size)
     return Session(
         name=model or "the bundled model",
         model=loaded,

@@ -28,8 +28,10 @@ def train(
         raise ValueError(f"--stages: unknown stage {unknown[0]!r}; known stages: {', '.join(STAGES)}")
     where = join_ranks(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     out.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        facts = STAGES[name](recipe, corpus, out, where)
-        if rank() == 0:
-            print(json.dumps({"stage": name, **facts}), flush=True)
-    leave_ranks()
+    try:
+        for name in names:
+            facts = STAGES[name](recipe, corpus, out, where)
+            if rank() == 0:
+                print(json.dumps({"stage": name, **facts}), flush=True)
+    finally:
+        leave_ranks()

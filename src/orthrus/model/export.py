@@ -265,7 +265,7 @@ def export(
     force: bool = False,
     **options: Any,
 ) -> Path:
-    """Write a checkpoint in another form; returns the folder. `remote_code` concerns the merged form alone."""
+    """Write a checkpoint in another form; returns the folder. `remote_code` is as in `save_merged`."""
     check_replaceable(Path(out), force=force)
     model = load_model(source, revision=revision, base=base, dtype=dtype, **options)
     tokenizer = tokenizer_of(source, revision=revision, base=base, **options)
@@ -282,6 +282,8 @@ def save(
     force: bool = False,
 ) -> Path:
     """Write one of the two forms; a view file leaves the tokenizer to its base."""
+    if form == "view" and not remote_code:
+        raise ValueError("remote_code=False (--no-remote-code) is for the merged form: a view file never holds code")
     if form == "view":
         save_view(model, out, force=force)
     elif form == "merged":

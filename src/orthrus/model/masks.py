@@ -6,6 +6,8 @@ against the sentence in its docstring (tests/model/test_masks.py). True means vi
     B = rows, Q = queries of a pass, S = cache slots, T = clean tokens of a training row, A = anchors (blocks) of one
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,18 @@ def verify_mask(lengths_B: Tensor, num_queries: int, num_slots: int) -> Tensor:
     queries_Q = torch.arange(num_queries, device=lengths_B.device)
     last_BQ = lengths_B[:, None] + queries_Q
     return slots_S <= last_BQ[:, :, None]
+
+
+def block_training_rule(anchors_BA: Tensor, block_Q: Tensor, num_clean: int) -> Callable[..., Tensor]:
+    """`block_training_mask` as a function of (row, head, query, key) indices, as `flex_attention` wants it."""
+    anchor_BQ = anchors_BA[:, block_Q]
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        before_anchor = (k < num_clean) & (k < anchor_BQ[b, q])
+        own_block = (k >= num_clean) & (block_Q[(k - num_clean).clamp(min=0)] == block_Q[q])
+        return before_anchor | own_block
+
+    return visible
 
 
 def block_training_mask(

@@ -160,21 +160,22 @@ class Product:
 class Norm:
     """RMSNorm over the last dimension, in fp32 and rounded once, whatever comes in.
 
-    x / sqrt(mean(x^2) + eps) * w, written as x / hypot(|x|, sqrt(D eps)) * (sqrt(D) w): what counts at the sizes of a
-    decoding pass is the number of kernels.
+    x / sqrt(mean(x^2) + eps) * w, written as x / sqrt(|x|^2 + D eps) * (sqrt(D) w): what counts at the sizes of a
+    decoding pass is the number of kernels. Every step is correctly rounded (no hypot), so that a row's bits do not
+    depend on whether a vector instruction or the loop behind it handles the row.
     """
 
     def __init__(self, weight: Tensor, eps: float):
         width = weight.shape[-1]
         self._dtype = weight.dtype
         self._weight = weight.detach().float() * math.sqrt(width)
-        self._floor = torch.tensor(math.sqrt(width * eps))
+        self._floor = width * eps
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D] in the weight's dtype."""
         x = x.float()
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return torch.div(x, size.hypot_(self._floor)).mul_(self._weight).to(self._dtype)
+        return torch.div(x, size.square_().add_(self._floor).sqrt_()).mul_(self._weight).to(self._dtype)
 
     @classmethod
     def of(cls, norm: nn.Module) -> "Norm":

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from orthrus.model.attention import causal_attend, rms_norm, run_layer
-from orthrus.model.masks import block_training_mask
+from orthrus.model.masks import block_training_mask, block_training_rule
 from orthrus.training.anchors import Blocks
 
 Rope = tuple[Tensor, Tensor]
@@ -106,16 +106,10 @@ def block_mask(blocks: Blocks, anchors_BA: Tensor, *, num_clean: int) -> Any:
     """`masks.block_training_mask` in the form that this device's attention reads."""
     if anchors_BA.device.type == "cpu":
         return block_training_mask(anchors_BA, blocks.block_Q, num_clean)
-    block_Q = blocks.block_Q
-    anchor_BQ = anchors_BA[:, block_Q]
-
-    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        before_anchor = (k < num_clean) & (k < anchor_BQ[b, q])
-        own = block_Q[(k - num_clean).clamp(min=0)] == block_Q[q]
-        return before_anchor | ((k >= num_clean) & own)
-
-    num_queries = len(block_Q)
+    num_queries = len(blocks.block_Q)
     # Compiled, or the mask would be materialised as rows x queries x keys booleans.
     return create_block_mask(
-        visible, len(anchors_BA), None, num_queries, num_clean + num_queries, device=anchors_BA.device, _compile=True
-    )
+        block_training_rule(anchors_BA, blocks.block_Q, num_clean),
+        len(anchors_BA), None, num_queries, num_clean + num_queries,
+        device=anchors_BA.device, _compile=True,
+    )  # fmt: skip

@@ -22,14 +22,6 @@ def forward_kl(teacher_V: Tensor, student_V: Tensor, temperature: float = 1.0) -
     return (teacher_log.exp() * (teacher_log - student_log)).sum(dim=-1)
 
 
-def teacher_rows(blocks: Blocks, anchors_BA: Tensor, num_clean: int) -> Tensor:
-    """row[b, q] = anchor of q's block + offset of q: the AR row that position q is compared with. [B, Q].
-
-    A block may reach beyond its row only with its last position, which is not compared.
-    """
-    return blocks.positions(anchors_BA).clamp(max=num_clean - 1)
-
-
 def alive(blocks: Blocks, agrees_BQ: Tensor) -> Tensor:
     """1 where all positions of the block before q agree with the teacher, else 0: whether q's draft matters. [B, Q]."""
     parts = []
@@ -62,7 +54,7 @@ def view_loss(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """Weighted mean KL over all positions, and which positions have the teacher's argmax. (), [B, Q]."""
-    rows_BQ = teacher_rows(blocks, anchors_BA, teacher_BTV.shape[1])
+    rows_BQ = blocks.positions(anchors_BA)
     batch_B1 = torch.arange(len(rows_BQ), device=rows_BQ.device)[:, None]
     agrees_BQ = teacher_BTV.argmax(-1)[batch_B1, rows_BQ] == student_BQV.argmax(-1)
     weights_BQ = position_weights(blocks, alive(blocks, agrees_BQ), decay=decay, focus=focus)

@@ -31,22 +31,33 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BaseStage:
+class Steps:
+    """What one run of optimiser steps needs: `trainer.run_steps`."""
+
+    rows_per_step: int = 128
+    """Of all ranks together."""
+    rows_per_pass: int = 32
+    """Rows of one micro-batch of one rank; the rest of a step is accumulated."""
+    num_steps: int = 4000
+    max_seconds: float | None = None
+    """Wall-clock budget; the learning-rate schedule follows whichever of steps and seconds is further along."""
+    learning_rate: float = 2e-3
+    """On AdamW's scale; Muon's updates are scaled to match."""
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    cooldown_share: float = 0.7
+    """Share of the run over which the learning rate falls linearly to zero."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseStage(Steps):
     """Pretraining of the base by next-token cross-entropy."""
 
     row_tokens: int = 1024
     rows_per_step: int = 256
     rows_per_pass: int = 64
-    """Rows of one micro-batch of one rank; the rest of a step is accumulated."""
-    num_steps: int = 4000
-    max_seconds: float | None = None
-    """Wall-clock budget; the learning-rate schedule follows whichever of steps and seconds is further along."""
     learning_rate: float = 4e-3
-    """On AdamW's scale; Muon's updates are scaled to match."""
     weight_decay: float = 0.1
-    warmup_steps: int = 100
-    cooldown_share: float = 0.7
-    """Share of the run over which the learning rate falls linearly to zero."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,12 +65,14 @@ class UnlikelihoodStage:
     """Rounds in which the base writes, and unlearns the loops that it wrote (`training/unlikelihood.py`)."""
 
     num_rounds: int = 0
-    """0 leaves the stage out."""
+    """0: the base stays as it is."""
     steps_per_round: int = 20
     rows_per_step: int = 256
-    """Half of them the base's own, half of the corpus."""
-    rows_per_pass: int = 32
-    """Rows of either kind in one micro-batch of one rank."""
+    """Rows of both kinds together: the base's own and the corpus's."""
+    own_rows_per_pass: int = 32
+    """The base's own rows in one micro-batch of one rank."""
+    corpus_rows_per_pass: int = 32
+    """Rows of the corpus in one micro-batch of one rank: they keep the base where it was."""
     learning_rate: float = 5e-4
     """At the start; it falls linearly to 0 over all rounds."""
     weight_decay: float = 0.0
@@ -70,20 +83,11 @@ class UnlikelihoodStage:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ViewStage:
+class ViewStage(Steps):
     """Training of the diffusion view by forward KL to the frozen AR view."""
 
-    rows_per_step: int = 128
-    rows_per_pass: int = 32
-    """Rows of one micro-batch of one rank; the rest of a step is accumulated."""
     blocks: tuple[tuple[int, int], ...] = ((32, 64),)
     """[width, blocks of that width a row], one pair for each width; no width above the model's block size."""
-    num_steps: int = 4000
-    max_seconds: float | None = None
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.0
-    warmup_steps: int = 100
-    cooldown_share: float = 0.7
     position_decay: float | None = None
     """None: the published position-uniform loss. A number d: weight exp(-j / d) for the draft at offset j."""
     first_error_focus: float = 0.0

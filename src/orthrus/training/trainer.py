@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from orthrus.training.forward import Passes, block_mask
 from orthrus.training.loss import survival, view_loss
 from orthrus.training.muon import Muon
 from orthrus.training.ranks import agree, average, num_ranks, once, rank
-from orthrus.training.recipe import BaseStage, Shape, ViewStage
+from orthrus.training.recipe import BaseStage, Shape, Steps, ViewStage
 
 SAVE_SECONDS = 60.0
 """Time between two saves of a run."""
@@ -37,10 +38,13 @@ def schedule(progress: float, step: int, *, warmup_steps: int, cooldown_share: f
 
 
 class Clock:
-    """How far a run is, from 0 to 1: the further of steps taken and seconds spent (step 0, which compiles, is free)."""
+    """How far a run is, from 0 to 1: the further of steps taken and seconds spent (step 0, which compiles, is free).
 
-    def __init__(self, num_steps: int, max_seconds: float | None):
-        self.num_steps, self.max_seconds = num_steps, max_seconds
+    Ranks share rank 0's clock, or they would not stop at the same step.
+    """
+
+    def __init__(self, num_steps: int, max_seconds: float | None, device: torch.device):
+        self.num_steps, self.max_seconds, self._device = num_steps, max_seconds, device
         self.started = time.perf_counter()
 
     def progress(self, step: int) -> float:
@@ -50,7 +54,7 @@ class Clock:
         share = step / self.num_steps
         if step == 0 or self.max_seconds is None:
             return share
-        return max(share, self.seconds() / self.max_seconds)
+        return max(share, agree(self.seconds() / self.max_seconds, self._device))
 
     def seconds(self) -> float:
         """Seconds since step 1 began (since the start, before that)."""
@@ -63,6 +67,7 @@ class Optimisers:
     def __init__(self, named: dict[str, nn.Parameter], *, learning_rate: float, weight_decay: float):
         self.learning_rate = learning_rate
         self.weights = list(named.values())
+        self.device = self.weights[0].device
         self.masters = [w.detach().float().clone() for w in self.weights]
         matrix = [w.dim() == 2 and "embed" not in name and "lm_head" not in name for name, w in named.items()]
         muon = [m for m, is_matrix in zip(self.masters, matrix, strict=True) if is_matrix]
@@ -75,10 +80,10 @@ class Optimisers:
         """One clipped update at `factor` times the learning rate, from the weights' gradients; their global norm."""
         gradients = [weight.grad for weight in self.weights if weight.grad is not None]
         assert len(gradients) == len(self.weights), "a trained weight got no gradient"
-        average(gradients)
         for weight, master, gradient in zip(self.weights, self.masters, gradients, strict=True):
             master.grad = gradient.float()
             weight.grad = None
+        average([master.grad for master in self.masters if master.grad is not None])
         norm = nn.utils.clip_grad_norm_(self.masters, 1.0)
         for optimiser in (self.muon, self.adamw):
             for group in optimiser.param_groups:
@@ -157,47 +162,75 @@ class Saver:
 class Log:
     """One JSON line per report, to a file and to the terminal."""
 
+    stage: str
     path: Path
     every: int = 50
 
-    def __call__(self, **values: float | int | str | list) -> None:
+    def __call__(self, **values: Any) -> None:
         """Append one record (rank 0)."""
         if rank() != 0:
             return
         rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()}
-        line = json.dumps(rounded)
+        line = json.dumps({"stage": self.stage, **rounded})
         print(line, flush=True)
         with self.path.open("a") as file:
             file.write(line + "\n")
 
 
-def train_base(model: OrthrusLM, tokens: np.ndarray, stage: BaseStage, *, seed: int, log: Log, saver: Saver) -> int:
-    """Pretrain the base on a token stream; returns the number of steps taken. Ranks share the rows of a step."""
-    device = next(model.parameters()).device
-    trained = thaw(model, base_parameters(model))
-    optimisers = Optimisers(trained, learning_rate=stage.learning_rate, weight_decay=stage.weight_decay)
-    passes = Passes(model, compiled=device.type == "cuda")
-    nll_of = passes.compile(next_token_nll)
-    num_passes = share_of_rank(stage.rows_per_step, stage.rows_per_pass)
-    rows = token_rows(
-        tokens, row_tokens=stage.row_tokens, rows_per_pass=stage.rows_per_pass, seed=seed + rank(), device=device
-    )
-    clock = Clock(stage.num_steps, stage.max_seconds)
-    step = 0
-    while (progress := agree(clock.progress(step), device)) < 1:
+MicroBatch = Callable[[], tuple[Tensor, Tensor | None]]
+"""The next micro-batch's loss, and its survival (`loss.survival`) where a view is trained."""
+
+
+def run_steps(
+    model: nn.Module, trained: dict[str, nn.Parameter], micro_batch: MicroBatch, stage: Steps, *, log: Log, saver: Saver
+) -> int:
+    """Train these parameters and no others; returns the number of steps taken. Ranks share the rows of a step.
+
+    What is logged of loss and survival is the mean over rank 0's micro-batches since the last report.
+    """
+    optimisers = Optimisers(thaw(model, trained), learning_rate=stage.learning_rate, weight_decay=stage.weight_decay)
+    num_passes = share_of_rank(stage.rows_per_step, rows_per_pass=stage.rows_per_pass)
+    clock = Clock(stage.num_steps, stage.max_seconds, optimisers.device)
+    step, losses, survivals = 0, [], []
+    while (progress := clock.progress(step)) < 1:
         for _ in range(num_passes):
-            ids_BT = next(rows)
-            logits_BTV = model.logits(passes.ar(ids_BT[:, :-1])[0])
-            loss = nll_of(logits_BTV, ids_BT[:, 1:]).mean()
+            loss, survival_J = micro_batch()
             (loss / num_passes).backward()
+            losses.append(loss.detach())
+            survivals += [] if survival_J is None else [survival_J]
         factor = schedule(progress, step, warmup_steps=stage.warmup_steps, cooldown_share=stage.cooldown_share)
         norm = optimisers.step(factor)
         if step % log.every == 0:
-            log(stage="base", step=step, seconds=clock.seconds(), loss=loss.item(), norm=norm.item(), factor=factor)
+            drafts = describe(torch.stack(survivals).mean(dim=0)) if survivals else {}
+            loss = torch.stack(losses).mean().item()
+            log(step=step, seconds=clock.seconds(), loss=loss, norm=norm.item(), factor=factor, **drafts)
+            losses, survivals = [], []
         step += 1
         saver()
     once(saver.save)
     return step
+
+
+def describe(survival_J: Tensor) -> dict[str, Any]:
+    """A few entries of a survival curve, and N on rows that the base wrote greedily."""
+    return {"survival": [round(a, 3) for a in survival_J.tolist()[::5]], "n": 1 + survival_J.sum().item()}
+
+
+def train_base(model: OrthrusLM, tokens: np.ndarray, stage: BaseStage, *, seed: int, log: Log, saver: Saver) -> int:
+    """Pretrain the base on a token stream; returns the number of steps taken."""
+    device = next(model.parameters()).device
+    passes = Passes(model, compiled=device.type == "cuda")
+    nll_of = passes.compile(next_token_nll)
+    rows = token_rows(
+        tokens, row_tokens=stage.row_tokens, rows_per_pass=stage.rows_per_pass, seed=seed + rank(), device=device
+    )
+
+    def micro_batch() -> tuple[Tensor, None]:
+        ids_BT = next(rows)
+        logits_BTV = model.logits(passes.ar(ids_BT[:, :-1])[0])
+        return nll_of(logits_BTV, ids_BT[:, 1:]).mean(), None
+
+    return run_steps(model, base_parameters(model), micro_batch, stage, log=log, saver=saver)
 
 
 def thaw(model: nn.Module, trained: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -207,12 +240,13 @@ def thaw(model: nn.Module, trained: dict[str, nn.Parameter]) -> dict[str, nn.Par
     return {name: parameter.requires_grad_(True) for name, parameter in trained.items()}
 
 
-def share_of_rank(rows_per_step: int, rows_per_pass: int) -> int:
+def share_of_rank(rows_per_step: int, *, rows_per_pass: int) -> int:
     """Micro-batches that each rank does for a step."""
     passes, rest = divmod(rows_per_step, rows_per_pass * num_ranks())
     if rest or not passes:
         raise ValueError(
-            f"rows_per_step {rows_per_step} must be a multiple of rows_per_pass {rows_per_pass} x {num_ranks()} ranks"
+            f"rows_per_step {rows_per_step} must be a multiple of the {rows_per_pass} rows of a micro-batch x "
+            f"{num_ranks()} ranks"
         )
     return passes
 
@@ -267,33 +301,17 @@ def train_view(
     log: Log,
     saver: Saver,
 ) -> int:
-    """Train the diffusion view; returns the number of steps taken. Ranks share the rows of a step.
+    """Train the diffusion view; returns the number of steps taken.
 
     `rows` yields this rank's micro-batches for ever: ids [B, T], and the first and last position of an anchor in each
     row, [B] both (a block must end inside its row: last <= T - K).
     """
     device = next(model.parameters()).device
-    trained = thaw(model, model.view_parameters())
-    optimisers = Optimisers(trained, learning_rate=stage.learning_rate, weight_decay=stage.weight_decay)
-    loss_of = ViewTask(model, stage)
+    task, batches = ViewTask(model, stage), iter(rows)
     generator = torch.Generator(device).manual_seed(seed + rank())
-    batches, clock = iter(rows), Clock(stage.num_steps, stage.max_seconds)
-    num_passes = share_of_rank(stage.rows_per_step, stage.rows_per_pass)
-    step = 0
-    while (progress := agree(clock.progress(step), device)) < 1:
-        for _ in range(num_passes):
-            ids_BT, first_B, last_B = next(batches)
-            anchors_BA = loss_of.blocks.sample(first_B, last_B, ids_BT.shape[1], generator)
-            loss, survival_J = loss_of(ids_BT, anchors_BA)
-            (loss / num_passes).backward()
-        factor = schedule(progress, step, warmup_steps=stage.warmup_steps, cooldown_share=stage.cooldown_share)
-        norm = optimisers.step(factor)
-        if step % log.every == 0:
-            log(
-                stage="view", step=step, seconds=clock.seconds(), loss=loss.item(), norm=norm.item(), factor=factor,
-                survival=[round(a, 3) for a in survival_J.tolist()[::5]], n=1 + survival_J.sum().item(),
-            )  # fmt: skip
-        step += 1
-        saver()
-    once(saver.save)
-    return step
+
+    def micro_batch() -> tuple[Tensor, Tensor]:
+        ids_BT, first_B, last_B = next(batches)
+        return task(ids_BT, task.blocks.sample(first_B, last_B, ids_BT.shape[1], generator))
+
+    return run_steps(model, model.view_parameters(), micro_batch, stage, log=log, saver=saver)

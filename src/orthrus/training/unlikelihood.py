@@ -2,7 +2,8 @@
 
 A small model that writes greedily falls into loops, and loops are easy to draft: they would make any view look good.
 So the base continues training text itself, and learns from what it wrote: tokens that repeat inside a loop are made
-less likely, its own sampled text before any loop and rows of the corpus keep everything else in place.
+less likely, its own sampled text before any loop and rows of the corpus keep everything else in place. Sampled below
+temperature 1, its own text also makes it surer of what it prefers.
 
     B = rows, T = tokens of a row, V = vocabulary
 """
@@ -58,11 +59,11 @@ def train_unlikelihood(
     )
     passes = Passes(model, compiled=device.type == "cuda")
     loss_of = passes.compile(unlikelihood_loss)
-    num_passes = share_of_rank(stage.rows_per_step, 2 * stage.rows_per_pass)
-    num_rows = num_passes * stage.rows_per_pass * stage.steps_per_round
+    num_passes = share_of_rank(stage.rows_per_step, rows_per_pass=stage.own_rows_per_pass + stage.corpus_rows_per_pass)
+    num_rows = num_passes * stage.own_rows_per_pass * stage.steps_per_round
     row_tokens = stage.rollouts.row_tokens
     corpus = token_rows(
-        tokens, row_tokens=row_tokens - 1, rows_per_pass=stage.rows_per_pass, seed=seed + rank(), device=device
+        tokens, row_tokens=row_tokens - 1, rows_per_pass=stage.corpus_rows_per_pass, seed=seed + rank(), device=device
     )
     looping: list[float] = []
     for number in range(stage.num_rounds):
@@ -70,9 +71,10 @@ def train_unlikelihood(
         ids_BT, first_B, sampled_B = (torch.cat(column) for column in zip(*batches, strict=True))
         good_BT, bad_BT = judge(ids_BT, first_B, sampled_B)
         looping.append(float((loop_start(ids_BT, first_B) < row_tokens)[~sampled_B].float().mean()))
-        order = torch.randperm(len(ids_BT), device=device)[:num_rows]
+        generator = torch.Generator().manual_seed(seed + 1000 * number + rank())
+        order = torch.randperm(len(ids_BT), generator=generator)[:num_rows].to(device)
         assert len(order) == num_rows, "fewer rollouts than a round's steps take"
-        picks = iter(order.split(stage.rows_per_pass))
+        picks = iter(order.split(stage.own_rows_per_pass))
         for step in range(stage.steps_per_round):
             for _ in range(num_passes):
                 pick, real_BT = next(picks), next(corpus)
@@ -84,5 +86,5 @@ def train_unlikelihood(
                 (loss / num_passes).backward()
             progress = (number + step / stage.steps_per_round) / stage.num_rounds
             optimisers.step(1.0 - progress)
-        log(stage="unlikelihood", round=number, loss=loss.item(), looping=looping[-1])
+        log(round=number, loss=loss.item(), looping=looping[-1])
     return {"looping_share_of_greedy_rows": looping}
