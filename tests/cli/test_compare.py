@@ -3,14 +3,14 @@
 import pytest
 
 from orthrus.cli.compare import Comparison, verdict
-from orthrus.cli.session import Answer
 from orthrus.decoding.stats import DecodingStats
+from orthrus.decoding.timing import Run
 from orthrus.evaluation.lossless import Divergence
 
 
 def comparison(divergence: Divergence | None, *, seed: int | None = None) -> Comparison:
     """A comparison that found this divergence."""
-    answer = Answer(
+    run = Run(
         token_ids=[1, 2, 3],
         finish_reason="length",
         stats=DecodingStats(block_size=8),
@@ -18,7 +18,7 @@ def comparison(divergence: Divergence | None, *, seed: int | None = None) -> Com
         decode_s=0.5,
     )
     facts = {"dtype": "bfloat16", "seed": seed}
-    return Comparison(plain=[answer], drafted=[answer], divergence=divergence, facts=facts, text="")
+    return Comparison(plain=[run], drafted=[run], one_row=[], divergence=divergence, facts=facts, text="")
 
 
 def divergence(*, gap: float) -> Divergence:
@@ -38,5 +38,5 @@ def test_sampled_divergence_is_not_explained_by_logits():
 
 
 def test_speed_leaves_out_the_first_token():
-    answer = comparison(None).plain[0]
-    assert answer.tokens_per_second == pytest.approx(2 / 0.5)
+    run = comparison(None).plain[0]
+    assert run.tokens_per_second == pytest.approx(2 / 0.5)

@@ -96,6 +96,13 @@ def test_compare_prints_both_speeds_and_the_verdict(model: Path):
         assert word in output
 
 
+def test_compare_shows_what_exact_passes_cost_plain_decoding(model: Path):
+    arguments = ("--model", model, "--dtype", "bfloat16", "--max-new-tokens", 12, "--compare")
+    assert "in 1-row passes" in run("generate", PROMPT, *arguments).stdout
+    assert "in 1-row passes" not in run("generate", PROMPT, *arguments, "--no-exact").stdout
+    assert last_json(run("generate", PROMPT, *arguments, "--json").stdout)["one_row_tokens_per_second"] > 0
+
+
 def test_trace_without_a_terminal_brackets_every_cycle(model: Path):
     output = run("generate", PROMPT, "--model", model, "--dtype", "float32", "--max-new-tokens", 12, "--trace").stdout
     legend, _, cycles = output.partition("\n\n")

@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from orthrus.decoding import timing
 from orthrus.decoding.decoder import Decoder, Request
 from orthrus.decoding.portable import PortableBackend
 from orthrus.decoding.stopping import Stopping
-from orthrus.evaluation import measurement, summary
-from orthrus.evaluation.measurement import ONE_ROW, Measurement, Mode, Run, measure, modes
+from orthrus.decoding.timing import Run
+from orthrus.evaluation import summary
+from orthrus.evaluation.measurement import ONE_ROW, Measurement, Mode, measure, modes
 from orthrus.evaluation.records import ResultRecord, command_line, here_and_now, read_records, results_name, to_json
 from orthrus.evaluation.repetition import LOOPING_SHARE, distinct_4gram_share, is_looping
 from orthrus.evaluation.speed import Settings, bench
@@ -159,7 +161,7 @@ def test_text_of_one_token_has_no_speed(found: Measurement):
 
 def test_prefill_is_no_part_of_decode_time(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
     clock = iter([0.0, 5.0, 6.0, 8.0])
-    monkeypatch.setattr(measurement.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
 
     class Stream:
         """A decoder that admits, cycles once and ends with a plain step."""
@@ -172,7 +174,7 @@ def test_prefill_is_no_part_of_decode_time(checkpoint: Path, monkeypatch: pytest
         def stats(self, row: int):
             return None
 
-    run = measurement.decode(Stream(), Request(prompt_ids=[1], stopping=Stopping(max_new_tokens=4)))  # type: ignore
+    run = timing.timed_run(Stream(), Request(prompt_ids=[1], stopping=Stopping(max_new_tokens=4)))  # type: ignore
     assert run.token_ids == [1, 2, 3, 4] and run.num_timed == 3
     assert (run.prefill_s, run.decode_s, run.cycles_s) == (5.0, 3.0, 1.0)
     assert (run.draft_ms, run.verify_ms) == (1.0, 2.0), "the admission's and the plain step's passes are not a cycle's"
@@ -234,7 +236,7 @@ def test_planted_divergence_is_reported_with_its_position_and_gap(
     monkeypatch.setattr(PortableBackend, "_verify_logits", broken)
     mode = Mode(drafting=True, exact=False, block_size=8)
     request = Request(prompt_ids=ids, stopping=Stopping(max_new_tokens=NUM_NEW))
-    wrong = measurement.decode(Decoder(PortableBackend(found.model)), request)
+    wrong = timing.timed_run(Decoder(PortableBackend(found.model)), request)
     monkeypatch.undo()
     runs = {ONE_ROW: found.runs[ONE_ROW], mode: [wrong, *found.runs[mode][1:]]}
     (one,) = drafted(summarise(dataclasses.replace(found, runs=runs)))

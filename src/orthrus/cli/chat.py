@@ -13,8 +13,9 @@ from orthrus.cli.errors import one_line
 from orthrus.cli.options import refuse, sampling_fields
 
 if TYPE_CHECKING:
-    from orthrus.cli.session import Session, Show
+    from orthrus.cli.session import Session
     from orthrus.decoding.stats import DecodingStats
+    from orthrus.decoding.timing import Show
 
 COMMANDS = "/reset forgets the conversation, /stats shows what it cost, /quit leaves; Ctrl-C stops an answer"
 

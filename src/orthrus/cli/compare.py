@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from orthrus.cli.printer import TextPrinter, TracePrinter
-from orthrus.cli.session import Answer, Session, run_request
-from orthrus.decoding.decoder import Request
+from orthrus.cli.session import Session
+from orthrus.decoding.decoder import Decoder, Request
+from orthrus.decoding.portable import PortableBackend
+from orthrus.decoding.timing import Run, timed_run
 from orthrus.evaluation.lossless import Divergence, find_divergence
 
 ROUNDS = 3
@@ -15,10 +17,12 @@ ROUNDS = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """Timed answers of both kinds; all answers of a kind are equal."""
+    """Timed runs of each kind; all texts of a kind are equal."""
 
-    plain: list[Answer]
-    drafted: list[Answer]
+    plain: list[Run]
+    drafted: list[Run]
+    one_row: list[Run]
+    """Plain decoding in passes of one row, where exact mode pads them; its text may differ. Empty in other modes."""
     divergence: Divergence | None
     facts: dict[str, Any]
     text: str
@@ -40,6 +44,7 @@ class Comparison:
             "plain": self.plain[0].as_dict() | {"tokens_per_second": median_speed(self.plain)},
             "drafted": self.drafted[0].as_dict() | {"tokens_per_second": median_speed(self.drafted)},
             "speed_up": self.speed_up,
+            "one_row_tokens_per_second": median_speed(self.one_row) if self.one_row else None,
             "rounds": len(self.plain),
             **self.facts,
         }
@@ -52,13 +57,17 @@ def compare(session: Session, request: dict[str, Any], *, prompt: str, visible: 
         show_run(session, plain, heading="without drafting", prompt=prompt, trace=False)
         show_run(session, drafted, heading="with drafting", prompt=prompt, trace=trace)
     else:
-        run_request(session.decoder, plain)
-        run_request(session.decoder, drafted)
-    pairs = [(run_request(session.decoder, plain), run_request(session.decoder, drafted)) for _ in range(ROUNDS)]
-    plains, drafteds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        timed_run(session.decoder, plain)
+        timed_run(session.decoder, drafted)
+    ways = [(session.decoder, plain), (session.decoder, drafted)]
+    if session.backend.exact:
+        ways.append((Decoder(PortableBackend(session.model, exact=False), tokenizer=session.tokenizer), plain))
+        timed_run(*ways[-1])
+    plains, drafteds, *one_rows = zip(*[[timed_run(*way) for way in ways] for _ in range(ROUNDS)], strict=True)
     return Comparison(
-        plain=plains,
-        drafted=drafteds,
+        plain=list(plains),
+        drafted=list(drafteds),
+        one_row=list(one_rows[0]) if one_rows else [],
         divergence=find_divergence(session.model, plain.prompt_ids, plains[0].token_ids, drafteds[0].token_ids),
         facts=session.facts() | {"num_prompt_tokens": len(plain.prompt_ids), "seed": plain.sampling.seed},
         text=session.decode(drafteds[0].token_ids),
@@ -70,14 +79,14 @@ def show_run(session: Session, request: Request, *, heading: str, prompt: str, t
     print(f"--- {heading} ---")
     printer = (TracePrinter if trace else TextPrinter)(session.tokenizer)
     print(prompt, end="", flush=True)
-    run_request(session.decoder, request, show=printer.show)
+    timed_run(session.decoder, request, show=printer.show)
     printer.close()
     print()
 
 
-def median_speed(answers: list[Answer]) -> float:
+def median_speed(runs: list[Run]) -> float:
     """Median over runs of decode tokens per second."""
-    return statistics.median(answer.tokens_per_second for answer in answers)
+    return statistics.median(run.tokens_per_second for run in runs)
 
 
 def print_comparison(comparison: Comparison) -> None:
@@ -85,6 +94,8 @@ def print_comparison(comparison: Comparison) -> None:
     facts, stats = comparison.facts, comparison.drafted[0].stats
     print(f"{'':18}{'tokens/s':>10}{'tokens/cycle N':>16}{'tokens/pass TPF':>17}{'drafts accepted':>17}")
     print(f"{'without drafting':18}{median_speed(comparison.plain):10.1f}{1.0:16.2f}{1.0:17.2f}{'-':>17}")
+    if comparison.one_row:
+        print(f"{'  in 1-row passes':18}{median_speed(comparison.one_row):10.1f}{1.0:16.2f}{1.0:17.2f}{'-':>17}")
     print(
         f"{'with drafting':18}{median_speed(comparison.drafted):10.1f}{stats.tokens_per_cycle:16.2f}"
         f"{stats.tokens_per_forward:17.2f}{stats.acceptance_rate:17.1%}"

@@ -11,7 +11,8 @@ from orthrus.cli import options
 from orthrus.cli.options import refuse, sampling_fields
 
 if TYPE_CHECKING:
-    from orthrus.cli.session import Answer, Session
+    from orthrus.cli.session import Session
+    from orthrus.decoding.timing import Run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,16 +96,16 @@ def read_prompt(prompt: str | None) -> str:
 def run_once(session: "Session", request: dict[str, Any], output: Output, *, drafting: bool) -> None:
     """Decode once; the text goes to stdout, a line about its cost to stderr."""
     from orthrus.cli.printer import TextPrinter, TracePrinter
-    from orthrus.cli.session import run_request
     from orthrus.decoding.decoder import Request
+    from orthrus.decoding.timing import timed_run
 
     checked = Request(**request, drafting=drafting)
     if output.as_json:
-        answer = run_request(session.decoder, checked)
+        answer = timed_run(session.decoder, checked)
         print(json.dumps(document(session, checked, answer), allow_nan=False), flush=True)
         return
     printer = (TracePrinter if output.trace else TextPrinter)(session.tokenizer)
-    answer = run_request(session.decoder, checked, show=printer.show)
+    answer = timed_run(session.decoder, checked, show=printer.show)
     printer.close()
     print(summary(answer), file=sys.stderr)
 
@@ -121,7 +122,7 @@ def run_compare(session: "Session", request: dict[str, Any], text: str, output: 
         print_comparison(comparison)
 
 
-def document(session: "Session", request: Any, answer: "Answer") -> dict[str, Any]:
+def document(session: "Session", request: Any, answer: "Run") -> dict[str, Any]:
     """The JSON document of one answer."""
     return {
         "text": session.decode(answer.token_ids),
@@ -133,7 +134,7 @@ def document(session: "Session", request: Any, answer: "Answer") -> dict[str, An
     }
 
 
-def summary(answer: "Answer") -> str:
+def summary(answer: "Run") -> str:
     """One line about what an answer cost."""
     stats = answer.stats
     line = f"{len(answer.token_ids)} tokens ({answer.finish_reason}), {answer.tokens_per_second:.1f} tokens/s"

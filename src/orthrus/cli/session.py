@@ -1,10 +1,9 @@
-"""What `generate` and `chat` share: a model with its tokenizer, and an answer read from the step loop.
+"""What `generate` and `chat` share: a model with its tokenizer and its step loop.
 
 This module imports torch; commands import it when they run.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +11,8 @@ import torch
 import transformers
 
 from orthrus.cli.options import check_dtype
-from orthrus.decoding.decoder import Decoder, Record, Request
+from orthrus.decoding.decoder import Decoder
 from orthrus.decoding.portable import PortableBackend
-from orthrus.decoding.stats import DecodingStats
 from orthrus.decoding.stopping import Stopping, eos_token_ids
 from orthrus.environment import bundled_or, pick_device, versions
 from orthrus.model.checkpoint import load_model, load_tokenizer
@@ -22,37 +20,6 @@ from orthrus.model.checkpoint import load_model, load_tokenizer
 CPU_BLOCK_SIZE = 8
 """Positions per cycle on a CPU unless told otherwise: there every row of a pass costs, and 8 wrote fastest of 4, 8, 16
 and 32 with the bundled model in bf16 (docs/benchmarks.md)."""
-
-Show = Callable[[Record], None]
-
-
-@dataclass(kw_only=True)
-class Answer:
-    """One finished request: its tokens and what they cost, the loading of the model excluded."""
-
-    token_ids: list[int]
-    finish_reason: str | None
-    """"stop", "length", or None for an answer that was interrupted."""
-    stats: DecodingStats
-    prefill_s: float
-    decode_s: float
-    """Wall time of all cycles: everything behind the first token, which prefill gives."""
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens behind the first per second of decoding."""
-        return (len(self.token_ids) - 1) / self.decode_s if self.decode_s > 0 else 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields of the JSON document that describe decoding."""
-        return {
-            "num_tokens": len(self.token_ids),
-            "finish_reason": self.finish_reason,
-            "prefill_seconds": self.prefill_s,
-            "decode_seconds": self.decode_s,
-            "tokens_per_second": self.tokens_per_second,
-            "stats": self.stats.as_dict(),
-        }
 
 
 @dataclass(kw_only=True)
@@ -143,29 +110,3 @@ def quiet() -> None:
     """Keep stderr for the user: no loading bars, no library warnings between the lines of an answer."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-
-
-def run_request(decoder: Decoder, request: Request, *, show: Show | None = None) -> Answer:
-    """Decode one request to its end, showing each record as it is committed."""
-    started = time.perf_counter()
-    record = decoder.admit(request)
-    prefilled = time.perf_counter()
-    token_ids = list(record.token_ids)
-    try:
-        if show is not None:
-            show(record)
-        while record.finish_reason is None:
-            (record,) = decoder.step()
-            token_ids += record.token_ids
-            if show is not None:
-                show(record)
-        ended = time.perf_counter()
-        return Answer(
-            token_ids=token_ids,
-            finish_reason=record.finish_reason,
-            stats=decoder.stats(record.row),
-            prefill_s=prefilled - started,
-            decode_s=ended - prefilled,
-        )
-    finally:
-        decoder.release(record.row)

@@ -5,7 +5,6 @@ noise of the machine falls on all modes alike. Timed is decoding alone: the pref
 kept apart. All modes go through the one step loop.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +13,8 @@ from tqdm import tqdm
 
 from orthrus.decoding.decoder import Decoder, Request
 from orthrus.decoding.portable import PortableBackend
-from orthrus.decoding.stats import DecodingStats
 from orthrus.decoding.stopping import Stopping, eos_token_ids
+from orthrus.decoding.timing import Run, timed_run
 from orthrus.evaluation.suites import Prompt
 
 BLOCK_SIZES = (4, 8, 16, 32)
@@ -41,28 +40,6 @@ ONE_ROW = Mode(drafting=False, exact=False, block_size=None)
 """Plain decoding in passes of one row: what a user without drafting would run."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
-    """One prompt decoded in one mode."""
-
-    token_ids: list[int]
-    stats: DecodingStats
-    prefill_s: float
-    decode_s: float
-    """Wall time behind the first token, which prefill gives."""
-    cycles_s: float = 0.0
-    """The part of `decode_s` in cycles that drafted; a last plain step, where one token is left to write, is not."""
-    draft_ms: float = 0.0
-    """Draft passes of those cycles."""
-    verify_ms: float = 0.0
-    """Verify passes of those cycles."""
-
-    @property
-    def num_timed(self) -> int:
-        """Tokens written during `decode_s`."""
-        return len(self.token_ids) - 1
-
-
 @dataclass(kw_only=True, slots=True)
 class Measurement:
     """All prompts decoded in all modes by one model in one dtype: `runs[mode][i]` is prompt i."""
@@ -81,32 +58,6 @@ def modes(block_sizes: Sequence[int], *, exact: bool) -> list[Mode]:
         drafted = Mode(drafting=True, exact=exact, block_size=block_size)
         found += [drafted] if drafted.baseline in found else [drafted.baseline, drafted]
     return found
-
-
-def decode(decoder: Decoder, request: Request) -> Run:
-    """Decode one request to its end, with the time of its parts."""
-    started = time.perf_counter()
-    cycles_s = draft_ms = verify_ms = 0.0
-    records = decoder.stream(request)
-    first = next(records)
-    prefilled = last = time.perf_counter()
-    stats, token_ids = decoder.stats(first.row), list(first.token_ids)
-    for record in records:
-        before, last = last, time.perf_counter()
-        token_ids += record.token_ids
-        if record.num_drafted:
-            cycles_s += last - before
-            draft_ms += record.draft_ms
-            verify_ms += record.verify_ms
-    return Run(
-        token_ids=token_ids,
-        stats=stats,
-        prefill_s=prefilled - started,
-        decode_s=last - prefilled,
-        cycles_s=cycles_s,
-        draft_ms=draft_ms,
-        verify_ms=verify_ms,
-    )
 
 
 def measure(
@@ -134,7 +85,7 @@ def measure(
         # A prompt that leaves no room at all is refused by the decoder, which says so.
         stopping = Stopping(max_new_tokens=max(1, min(max_new_tokens, room)), eos_token_ids=eos)
         decoder = decoders[way.baseline if way.exact else way]
-        return decode(decoder, Request(prompt_ids=ids, stopping=stopping, drafting=way.drafting))
+        return timed_run(decoder, Request(prompt_ids=ids, stopping=stopping, drafting=way.drafting))
 
     for way in ways:
         found.runs[way] = []

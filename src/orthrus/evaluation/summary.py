@@ -10,8 +10,9 @@ from functools import reduce
 from typing import Any
 
 from orthrus.decoding.stats import DecodingStats
+from orthrus.decoding.timing import Run
 from orthrus.evaluation.lossless import Divergence, find_divergence
-from orthrus.evaluation.measurement import ONE_ROW, Measurement, Mode, Run
+from orthrus.evaluation.measurement import ONE_ROW, Measurement, Mode
 from orthrus.evaluation.records import Origin, ResultRecord
 from orthrus.evaluation.repetition import distinct_4gram_share, is_looping
 from orthrus.evaluation.suites import Prompt
