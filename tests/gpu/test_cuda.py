@@ -1,0 +1,49 @@
+"""What only a GPU can show: decoding there, and the training passes that a CPU runs in another form."""
+
+import pytest
+import torch
+
+from orthrus.config import OrthrusConfig
+from orthrus.decoding.generate import OrthrusForCausalLM
+from orthrus.environment import BUNDLED
+from orthrus.model.modeling import OrthrusLM
+from orthrus.training.recipe import ViewStage
+from orthrus.training.trainer import ViewTask, thaw
+from tests.test_bundled import PROMPTS, decode
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drafting_changes_no_text_on_cuda(dtype: torch.dtype) -> None:
+    """fp32 by decisions, bf16 by equal bits (exact mode)."""
+    model = OrthrusForCausalLM.from_pretrained(BUNDLED, dtype=dtype).cuda().eval()
+    plain, _ = decode(model, drafting=False)
+    drafted, stats = decode(model, drafting=True)
+    assert drafted == plain and len(plain) == len(PROMPTS)
+    assert stats.tokens_per_cycle > 2.5, f"the view accepts less on CUDA than on a CPU: N {stats.tokens_per_cycle:.2f}"
+
+
+def test_flex_attention_trains_what_dense_attention_trains() -> None:
+    """Loss and gradients of a micro-batch: compiled flex_attention in fp32 against the dense mask on the CPU."""
+    torch.manual_seed(0)
+    config = OrthrusConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, block_size=16, mask_token_id=255,
+    )  # fmt: skip
+    model = OrthrusLM(config)
+    stage = ViewStage(blocks=((16, 4), (8, 8)), first_error_focus=0.5, position_decay=8.0)
+    ids = torch.randint(0, 250, (2, 128))
+    anchors = torch.randint(1, 112, (2, 12)).sort(dim=1).values
+    found = {}
+    for device in ("cpu", "cuda"):
+        model = model.to(device)
+        view = thaw(model, model.view_parameters())
+        loss, _ = ViewTask(model, stage)(ids.to(device), anchors.to(device))
+        loss.backward()
+        found[device] = (loss.item(), {name: p.grad.cpu() for name, p in view.items() if p.grad is not None})
+        model.zero_grad()
+    assert found["cuda"][0] == pytest.approx(found["cpu"][0], rel=1e-3)
+    for name, gradient in found["cpu"][1].items():
+        # TF32 is off by default; flex sums keys in another order.
+        torch.testing.assert_close(found["cuda"][1][name], gradient, rtol=1e-2, atol=1e-5, msg=name)
