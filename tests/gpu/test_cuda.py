@@ -7,6 +7,7 @@ from orthrus.config import OrthrusConfig
 from orthrus.decoding.generate import OrthrusForCausalLM
 from orthrus.environment import BUNDLED
 from orthrus.model.modeling import OrthrusLM
+from orthrus.training.loss import Objective
 from orthrus.training.recipe import ViewStage
 from orthrus.training.trainer import ViewTask, thaw
 from tests.test_bundled import PROMPTS, decode
@@ -32,7 +33,7 @@ def test_flex_attention_trains_what_dense_attention_trains() -> None:
         num_key_value_heads=2, head_dim=32, max_position_embeddings=512, block_size=16, mask_token_id=255,
     )  # fmt: skip
     model = OrthrusLM(config)
-    stage = ViewStage(blocks=((16, 4), (8, 8)), first_error_focus=0.5, position_decay=8.0)
+    stage = ViewStage(blocks=((16, 4), (8, 8)), objective=Objective(focus=0.5, decay=8.0))
     ids = torch.randint(0, 250, (2, 128))
     anchors = torch.randint(1, 112, (2, 12)).sort(dim=1).values
     found = {}

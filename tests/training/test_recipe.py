@@ -27,6 +27,8 @@ def write(tmp_path: Path, text: str) -> Path:
         ("name: x\nview: {num_step: 3}", "recipe.view: unknown key 'num_step'"),
         ("name: x\nview: {num_steps: lots}", "recipe.view.num_steps: expected int, got 'lots'"),
         ("name: x\nview: 3", "recipe.view must be a mapping"),
+        ("name: x\nview: {objective: {kind: lk}}", "recipe.view.objective.kind: must be one of kl, ce, tv, got 'lk'"),
+        ("name: x\nview: {objective: {focus: 2}}", "objective.focus must be 0 .. 1"),
         ("seed: 1", "the key 'name' is missing"),
         ("name: [", "cannot be read"),
     ],

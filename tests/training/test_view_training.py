@@ -12,7 +12,6 @@ from orthrus.model.attention import run_layers
 from orthrus.model.modeling import OrthrusLM
 from orthrus.training.anchors import Blocks, sample_anchors
 from orthrus.training.forward import Passes, block_mask
-from orthrus.training.loss import survival, view_loss
 from orthrus.training.muon import Muon
 from orthrus.training.recipe import ViewStage
 from orthrus.training.trainer import Log, Saver, ViewTask, schedule, train_view
@@ -90,31 +89,6 @@ def test_block_pass_equals_decoding_each_block_alone(model: OrthrusLM) -> None:
             torch.testing.assert_close(
                 together[b, start : start + width], alone[0], msg=f"row {b}, block {a}: the training mask is wrong"
             )
-
-
-@pytest.mark.parametrize(("decay", "focus", "temperature"), [(None, 0.0, 1.0), (5.0, 0.7, 0.5)])
-def test_loss_equals_the_sum_written_out(decay: float | None, focus: float, temperature: float) -> None:
-    torch.manual_seed(0)
-    teacher, student = torch.randn(2, 40, 3), torch.randn(2, 28, 3)
-    anchors = some_anchors()
-    loss, agrees = view_loss(
-        BLOCKS, teacher, student, anchors, decay=decay, focus=focus, temperature=temperature
-    )  # fmt: skip
-    total, weights, lived = torch.zeros(()), 0.0, torch.zeros(7)
-    for b in range(2):
-        for a, width in enumerate(WIDTHS):
-            is_alive = True
-            for j in range(width - 1):
-                row = teacher[b, anchors[b, a] + j]
-                p, q = (row / temperature).softmax(-1), student[b, sum(WIDTHS[:a]) + j].softmax(-1)
-                weight = (1 - focus + focus * is_alive) * (
-                    1.0 if decay is None else float(torch.tensor(-j / decay).exp())
-                )
-                total, weights = total + weight * (p * (p / q).log()).sum(), weights + weight
-                is_alive = is_alive and bool(row.argmax() == q.argmax())
-                lived[j] += (is_alive and width == 8) / 4
-    torch.testing.assert_close(loss, total / weights)
-    torch.testing.assert_close(survival(BLOCKS, agrees), lived)
 
 
 def test_a_copied_view_on_its_own_anchor_row_has_no_loss_at_the_first_draft(tiny_config: OrthrusConfig) -> None:

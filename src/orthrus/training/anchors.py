@@ -7,7 +7,8 @@ kept or lost, long ones teach the far positions; and a view that has seen all wi
     of a row, P = places in it
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class Blocks:
     """Place of each position in its block, 0 for the anchor."""
     is_last_Q: Tensor
     """The last position of a block predicts nothing."""
+    where: slice = field(default_factory=lambda: slice(None))
+    """Which positions of the row's these are: a part of a row's blocks knows its place."""
 
     @classmethod
     def of(cls, groups: tuple[tuple[int, int], ...], device: torch.device | None = None) -> "Blocks":
@@ -40,6 +43,23 @@ class Blocks:
         """The positions by group: [B, blocks of the group, K] each."""
         parts = x_BQ.split([width * count for width, count in self.groups], dim=1)
         return [part.unflatten(1, (count, width)) for part, (width, count) in zip(parts, self.groups, strict=True)]
+
+    def chunks(self, max_positions: int) -> "Iterator[Blocks]":
+        """The blocks in parts of at most so many positions (at least one block), in order."""
+        if max_positions >= len(self.block_Q):
+            yield self
+            return
+        start = block = 0
+        for width, count in self.groups:
+            step = max(1, max_positions // width)
+            for done in range(0, count, step):
+                taken = min(step, count - done)
+                where = slice(start, start + taken * width)
+                yield Blocks(
+                    ((width, taken),),
+                    self.block_Q[where] - block, self.offset_Q[where], self.is_last_Q[where], where,
+                )  # fmt: skip
+                start, block = where.stop, block + taken
 
     def positions(self, anchors_BA: Tensor) -> Tensor:
         """Absolute position of every block position. [B, Q]."""

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from orthrus.datagen.regenerate import RolloutStage
+from orthrus.training.loss import Objective
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,12 +89,8 @@ class ViewStage(Steps):
 
     blocks: tuple[tuple[int, int], ...] = ((32, 64),)
     """[width, blocks of that width a row], one pair for each width; no width above the model's block size."""
-    position_decay: float | None = None
-    """None: the published position-uniform loss. A number d: weight exp(-j / d) for the draft at offset j."""
-    first_error_focus: float = 0.0
-    """Share of a draft's weight that it has only while all drafts before it are right (0: published)."""
-    teacher_temperature: float = 1.0
-    """Temperature of the teacher's law in the KL (1: published); below 1 the view is trained for greedy decoding."""
+    objective: Objective = field(default_factory=Objective)
+    """What is minimised; as published unless said otherwise."""
     real_share: float = 0.15
     """Share of training rows that are corpus text instead of the base's own."""
 
@@ -156,6 +153,10 @@ def convert(kind: Any, value: Any, where: str) -> Any:
     if typing.get_origin(kind) is tuple and isinstance(value, list):
         item = typing.get_args(kind)[0]
         return tuple(convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if typing.get_origin(kind) is typing.Literal:
+        if value in typing.get_args(kind):
+            return value
+        raise ValueError(f"{where}: must be one of {', '.join(map(str, typing.get_args(kind)))}, got {value!r}")
     if kind in (float, float | None) and type(value) in (int, float, str):
         try:  # YAML reads 1e-3, without a dot, as text.
             return float(value)

@@ -22,7 +22,7 @@ from orthrus.config import OrthrusConfig
 from orthrus.model.modeling import OrthrusLM
 from orthrus.training.anchors import Blocks
 from orthrus.training.forward import Passes, block_mask
-from orthrus.training.loss import survival, view_loss
+from orthrus.training.loss import chunk_loss, chunked_view_loss, survival
 from orthrus.training.muon import Muon
 from orthrus.training.ranks import agree, average, num_ranks, once, rank
 from orthrus.training.recipe import BaseStage, Shape, Steps, ViewStage
@@ -274,20 +274,19 @@ class ViewTask:
         self.model, self.stage = model, stage
         self.blocks = Blocks.of(stage.blocks, device)
         self._passes = Passes(model, compiled=device.type == "cuda")
-        self._loss = self._passes.compile(view_loss)
+        self._one_chunk = self._passes.compile(chunk_loss)
 
     def __call__(self, ids_BT: Tensor, anchors_BA: Tensor) -> tuple[Tensor, Tensor]:
         """Loss, and survival of the widest blocks (`loss.survival`). (), [K-1]."""
         blocks, stage = self.blocks, self.stage
         with torch.no_grad():
             hidden_BTD, clean = self._passes.ar(ids_BT)
-            teacher_BTV = self.model.logits(hidden_BTD)
         mask = block_mask(blocks, anchors_BA, num_clean=ids_BT.shape[1])
         inputs = blocks.inputs(ids_BT, anchors_BA, self.model.config.mask_token_id)
-        student_BQV = self.model.logits(self._passes.blocks(inputs, clean, mask))
-        loss, agrees_BQ = self._loss(
-            blocks, teacher_BTV, student_BQV, anchors_BA,
-            decay=stage.position_decay, focus=stage.first_error_focus, temperature=stage.teacher_temperature,
+        student_BQD = self._passes.blocks(inputs, clean, mask)
+        loss, agrees_BQ = chunked_view_loss(
+            stage.objective, blocks, ids_BT, anchors_BA, hidden_BTD, student_BQD, self.model.lm_head.weight,
+            one_chunk=self._one_chunk,
         )  # fmt: skip
         return loss, survival(blocks, agrees_BQ)
 
