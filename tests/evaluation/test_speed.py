@@ -281,7 +281,7 @@ def test_records_have_all_fields_and_parse_again(records: list[ResultRecord], tm
         assert {"orthrus", "torch", "transformers", "python"} == set(record["versions"])
         assert datetime.fromisoformat(record["date"]).tzinfo is not None
         known = {"model", "backend", "batch", "dtype", "suite", "num_prompts", "max_new_tokens", "threads"}
-        assert known | {"drafting", "exact", "block_size"} <= set(record["params"])
+        assert known | {"drafting", "exact", "block_size", "packed"} <= set(record["params"])
 
 
 def test_record_with_a_field_missing_is_refused_with_its_place(records: list[ResultRecord], tmp_path: Path):

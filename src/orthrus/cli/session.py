@@ -16,6 +16,7 @@ from orthrus.decoding.portable import PortableBackend
 from orthrus.decoding.stopping import Stopping, eos_token_ids
 from orthrus.environment import bundled_or, pick_device, versions
 from orthrus.model.checkpoint import load_model, load_tokenizer
+from orthrus.model.packed import is_packed
 
 CPU_BLOCK_SIZE = 8
 """Positions per cycle on a CPU unless told otherwise: there every row of a pass costs, and 8 wrote fastest of 4, 8, 16
@@ -68,6 +69,7 @@ class Session:
             "backend": "portable",
             "exact": self.backend.exact,
             "attn_implementation": self.attn,
+            "packed": is_packed(self.model),
             "block_size": self.decoder.block_size,
             "threads": torch.get_num_threads(),
             "versions": versions(),

@@ -20,6 +20,7 @@ from orthrus.evaluation.suites import Prompt, heldout_python_prompts, prompts_fr
 from orthrus.evaluation.summary import records_of, summarise
 from orthrus.evaluation.tables import print_summaries
 from orthrus.model.checkpoint import load_model, load_tokenizer
+from orthrus.model.packed import is_packed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +85,7 @@ def facts(model: Any, settings: Settings, *, num_prompts: int) -> dict[str, Any]
         "device": model.device.type,
         "threads": torch.get_num_threads(),
         "attn_implementation": settings.attn,
+        "packed": is_packed(model),
     }
 
 

@@ -137,6 +137,11 @@ def pack(model: nn.Module) -> "PackedModel | None":
     return known
 
 
+def is_packed(model: nn.Module) -> bool:
+    """Whether the model's last request ran over a packed copy."""
+    return model in _packed
+
+
 # --- what a pass consists of -------------------------------------------------------------------------------------
 
 
