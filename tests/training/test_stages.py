@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 from typer.testing import CliRunner
 
 from orthrus.cli.app import app
 from orthrus.model.checkpoint import load_model
+from orthrus.model.tensors import fingerprint
 from orthrus.training import stages, trainer
 from orthrus.training.recipe import load_recipe
 from orthrus.training.shards import save_tokenizer, train_tokenizer, write_shards
@@ -65,7 +67,7 @@ def test_end_and_mask_tokens_are_the_tokenizers(run: Path) -> None:
 
 def test_training_the_view_leaves_the_base_and_moves_the_view(run: Path) -> None:
     trained = load_model(run / "out" / "view").view_parameters()
-    started = load_model(run / "out" / "base", start_view=True).view_parameters()
+    started = load_model(run / "out" / "base", start_view=True, block_size=4, mask_token_id=500).view_parameters()
     assert any(not torch.equal(trained[name], started[name]) for name in started)
     # A view file names its base by the hash of its bytes, so loading it proves that they did not change.
     assert (run / "out" / "view" / "provenance.json").is_file()
@@ -91,6 +93,13 @@ def test_a_run_that_is_cut_off_leaves_its_last_save(run: Path, monkeypatch: pyte
     assert result.exit_code != 0
     saved = load_model(run / "out" / "view").view_parameters()
     assert any(not torch.equal(saved[name], kept[name]) for name in kept), "three steps were taken, none was saved"
+
+
+def test_the_base_is_a_stock_checkpoint(run: Path) -> None:
+    stock, info = AutoModelForCausalLM.from_pretrained(run / "out" / "base", output_loading_info=True)
+    assert type(stock) is Qwen3ForCausalLM and not any(info.values()), info
+    assert len(AutoTokenizer.from_pretrained(run / "out" / "base")) == 500
+    assert fingerprint(stock) == fingerprint(run / "out" / "base")
 
 
 def test_rollouts_of_another_base_are_refused(run: Path) -> None:

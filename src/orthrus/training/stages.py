@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import Qwen3Config
 
 from orthrus.datagen.regenerate import OwnRows, RolloutStage, rollouts, training_rows
 from orthrus.model.checkpoint import load_model
@@ -66,8 +67,7 @@ def run_base(recipe: Recipe, corpus: Path, out: Path, device: torch.device) -> d
         recipe.shape,
         seed=recipe.seed,
         eos_token_id=end_of_text_id(tokenizer),
-        # As in the released checkpoints: the first row of the padded embedding that no token uses.
-        mask_token_id=tokenizer.get_vocab_size(),
+        mask_token_id=mask_id(corpus / "tokenizer"),
     ).to(device)
     facts: dict = {
         "train_tokens": len(tokens),
@@ -82,17 +82,31 @@ def run_base(recipe: Recipe, corpus: Path, out: Path, device: torch.device) -> d
 
 
 def save_base(model: OrthrusLM, folder: Path, tokenizer: Path, facts: dict) -> None:
-    """Write the AR view with its tokenizer and provenance, all or nothing."""
+    """Write the AR view as a stock Qwen3 checkpoint with its tokenizer and provenance, all or nothing."""
+    fields = model.config.to_dict()
+    for name in ("model_type", "block_size", "mask_token_id"):
+        del fields[name]
     with whole_folder(folder, force=True) as staging:
         write_tensors({name: p.detach() for name, p in base_parameters(model).items()}, staging)
-        model.config.save_pretrained(staging)
+        Qwen3Config(**fields | {"architectures": ["Qwen3ForCausalLM"]}).save_pretrained(staging)
         shutil.copytree(tokenizer, staging, dirs_exist_ok=True)
         write_provenance(staging, facts)
 
 
-def load_base(out: Path, device: torch.device) -> OrthrusLM:
+def load_base(recipe: Recipe, out: Path, device: torch.device) -> OrthrusLM:
     """The base of OUT/base in bf16, its view a copy of its AR projections."""
-    return load_model(out / "base", dtype=torch.bfloat16, start_view=True).to(device)
+    return load_model(
+        out / "base",
+        dtype=torch.bfloat16,
+        start_view=True,
+        block_size=recipe.shape.block_size,
+        mask_token_id=mask_id(out / "base"),
+    ).to(device)
+
+
+def mask_id(tokenizer_folder: Path) -> int:
+    """As in the released checkpoints: the first row of the padded embedding that no token uses."""
+    return load_tokenizer(tokenizer_folder).get_vocab_size()
 
 
 def run_unlikelihood(recipe: Recipe, corpus: Path, out: Path, device: torch.device) -> dict:
@@ -105,7 +119,7 @@ def run_unlikelihood(recipe: Recipe, corpus: Path, out: Path, device: torch.devi
     before = json.loads((out / "base" / "provenance.json").read_text())
     if "unlikelihood" in before:
         raise ValueError(f"{out / 'base'} has been through the unlikelihood stage: train the base again first")
-    model = load_base(out, device)
+    model = load_base(recipe, out, device)
     tokens, prompts = load_tokens(corpus, "train", out), prompt_stream(recipe.unlikelihood.rollouts, corpus, out)
     log = Log(stage="unlikelihood", path=out / "unlikelihood.jsonl")
     looping = train_unlikelihood(model, tokens, prompts, recipe.unlikelihood, seed=recipe.seed, log=log)
@@ -125,7 +139,7 @@ def prompt_stream(stage: RolloutStage, corpus: Path, out: Path) -> np.ndarray:
 
 def run_rollouts(recipe: Recipe, corpus: Path, out: Path, device: torch.device) -> dict:
     """Let the base write the view's training rows: OUT/rollouts, one file a rank."""
-    model, folder = load_base(out, device), out / "rollouts"
+    model, folder = load_base(recipe, out, device), out / "rollouts"
     prompts = prompt_stream(recipe.rollouts, corpus, out)
     own, counts = rollouts(model, prompts, recipe.rollouts, seed=recipe.seed + rank())
     once(lambda: empty(folder))
@@ -160,7 +174,7 @@ def own_rows(out: Path, device: torch.device) -> OwnRows:
 
 def run_view(recipe: Recipe, corpus: Path, out: Path, device: torch.device) -> dict:
     """Train the view on the rollouts, from a copy of the base's projections, and write OUT/view."""
-    model, own, stage = load_base(out, device), own_rows(out, device), recipe.view
+    model, own, stage = load_base(recipe, out, device), own_rows(out, device), recipe.view
     rows = training_rows(
         own, load_tokens(corpus, "train", out), rows_per_pass=stage.rows_per_pass, real_share=stage.real_share,
         block_size=model.config.block_size, seed=recipe.seed + rank(),
