@@ -22,6 +22,8 @@ CPU_FLAGS = ("avx512_bf16", "amx_bf16", "bf16", "avx512f", "avx2", "asimd", "sve
 
 def bundled_or(model: str | None) -> str:
     """The named checkpoint, or the bundled model for None; `ValueError` where this installation has none."""
+    if model is not None and not model.strip():
+        raise ValueError("--model is empty; name a checkpoint, or leave it out for the bundled model")
     if model is None and not BUNDLED.is_dir():
         raise ValueError(f"this installation has no bundled model ({BUNDLED}); name a checkpoint with --model")
     return model or str(BUNDLED)
@@ -55,8 +57,8 @@ def pick_device(name: str | None) -> torch.device:
 
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).item()  # "meta" is a device, but holds no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
 

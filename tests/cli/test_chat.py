@@ -49,6 +49,16 @@ def test_stats_and_unknown_commands(chat_model: Path):
     assert "no such command" in result.stderr
 
 
+def test_reset_forgets_the_costs_too_and_bad_bytes_end_nothing(chat_model: Path):
+    session = conversation(chat_model)
+    with pytest.raises(ValueError, match="not valid UTF-8"):
+        session.say("h\udcffllo")
+    session.say("hello")
+    assert "tokens per cycle" in session.report()
+    session.reset()
+    assert "nothing decoded yet" in session.report()
+
+
 def test_turn_that_does_not_fit_is_an_error_and_not_the_end(chat_model: Path):
     result = run("chat", "--model", chat_model, *FIXED, stdin="x" * 300 + "\nhello\n")
     assert result.stderr.count("error: ") == 1

@@ -169,6 +169,8 @@ def test_long_prompt_is_refused_with_both_lengths(model: Path):
     ("arguments", "word"),
     [
         (["generate", ""], "empty"),
+        (["generate", "a\udcff"], "not valid UTF-8"),
+        (["generate", "x", "--device", "meta"], "--device meta"),
         (["generate", "x", "--max-new-tokens", 0], "max_new_tokens"),
         (["generate", "x", "--dtype", "float8"], "--dtype float8"),
         (["generate", "x", "--device", "cuda:99"], "--device cuda:99"),
@@ -190,6 +192,23 @@ def test_long_prompt_is_refused_with_both_lengths(model: Path):
 )
 def test_bad_argument_is_refused_by_name(model: Path, arguments: list[object], word: str):
     assert word in refused(*arguments, "--model", model)
+
+
+def test_an_empty_model_name_is_no_name():
+    assert "--model is empty" in refused("generate", "x", "--model", "")
+
+
+def test_a_full_disk_is_no_mistake_of_the_users(model: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*arguments: object, **settings: object):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("orthrus.cli.generate.run_once", full)
+    assert "No space left" in refused("generate", "x", "--model", model, code=1)
+
+
+def test_nothing_to_time_is_said(model: Path):
+    output = run("generate", PROMPT, "--model", model, "--max-new-tokens", 1, "--compare").stdout
+    assert "nothing to time" in output and "texts identical: yes" in output and "0.0" not in output
 
 
 def test_empty_stdin_is_refused(model: Path):

@@ -300,6 +300,64 @@ def test_a_wrong_rule_is_refused():
             subject().generate(input_ids=IDS, max_new_tokens=4, do_sample=do_sample, **wrong)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_diffusion_mode": "no"}, "use_diffusion_mode must be bool"),
+        ({"exact": "yes"}, "exact must be bool"),
+        ({"block_size": 8.0}, "block_size must be int"),
+        ({"block_size": True}, "block_size must be int"),
+        ({"seed": 1.5}, "seed must be int"),
+        ({"generator": 5}, "generator must be Generator"),
+        ({"seed": 1, "generator": torch.Generator()}, "seed or generator, not both"),
+        ({"sampling_rule": "coupled"}, "add do_sample=True"),
+        ({"input_ids": torch.tensor([1, 2])}, "int64 tensor"),
+        ({"input_ids": torch.tensor([[1.0, 2.0]])}, "int64 tensor"),
+        ({"input_ids": torch.ones(1, 2, dtype=torch.uint8)}, "int64 tensor"),
+        ({"input_ids": torch.zeros(0, 5, dtype=torch.long)}, "int64 tensor"),
+        ({"input_ids": torch.tensor([[1, 10_000]])}, "row 0 holds token 10000"),
+        ({"input_ids": torch.tensor([[1, 2], [3, -4]])}, "row 1 holds token -4"),
+        ({"input_ids": IDS.repeat(2, 1), "attention_mask": torch.ones(1, 7).long()}, r"shape \(1, 7\)"),
+        ({"attention_mask": torch.ones(1, 3).long()}, r"shape \(1, 3\)"),
+        ({"attention_mask": torch.zeros(1, 7).long()}, "hides all of row 0"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_decoded(settings: dict, message: str):
+    arguments: dict = {"input_ids": IDS, "max_new_tokens": 4, "pad_token_id": 0} | settings
+    with pytest.raises(ValueError, match=message), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        subject().generate(**arguments)
+
+
+@pytest.mark.parametrize("place", ["", "model", "model.layers.1", "model.layers.0.self_attn", "model.norm"])
+def test_hooks_that_no_pass_would_run_are_refused_by_name(place: str):
+    model = subject()
+    module = model.get_submodule(place)
+    handle = module.register_forward_hook(lambda module, arguments, output: output)
+    try:
+        with pytest.raises(ValueError, match=f"{place or 'the model'} has a hook"):
+            model.generate(IDS, max_new_tokens=4)
+    finally:
+        handle.remove()
+    model.generate(IDS, max_new_tokens=4)
+
+
+def test_hooks_on_what_passes_call_change_the_text_as_in_stock():
+    torch.manual_seed(0)
+    ours, theirs = subject(), stock()
+    handles = [
+        model.get_submodule(place).register_forward_hook(lambda module, arguments, output: output * 1.5)
+        for model in (ours, theirs)
+        for place in ("model.layers.1.mlp", "model.layers.0.self_attn.v_proj", "model.embed_tokens")
+    ]
+    try:
+        expected = theirs.generate(IDS, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert torch.equal(ours.generate(IDS, max_new_tokens=12, pad_token_id=0), expected)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def test_right_padding_is_refused():
     ids, mask = padded_batch()
     with pytest.raises(ValueError, match="attention_mask"):

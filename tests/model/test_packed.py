@@ -209,7 +209,11 @@ def widen_rope(model: nn.Module) -> None:
     model.model.rotary_emb.inv_freq *= 0.5
 
 
-@pytest.mark.parametrize("edit", [replace_embedding, widen_rope], ids=lambda edit: edit.__name__)
+def other_activation(model: nn.Module) -> None:
+    model.model.layers[0].mlp.act_fn = nn.ReLU()
+
+
+@pytest.mark.parametrize("edit", [replace_embedding, widen_rope, other_activation], ids=lambda edit: edit.__name__)
 @torch.inference_mode()
 def test_what_is_not_a_packed_weight_is_current_too(edit: Callable[[nn.Module], None]):
     model = fresh()

@@ -10,7 +10,7 @@ import typer
 
 from orthrus.cli import options
 from orthrus.cli.errors import one_line
-from orthrus.cli.options import refuse, sampling_fields
+from orthrus.cli.options import check_text, refuse, sampling_fields
 
 if TYPE_CHECKING:
     from orthrus.cli.session import Session
@@ -123,10 +123,12 @@ class Conversation:
     def reset(self) -> None:
         """Forget everything but the system message."""
         self._drop_row()
+        self._stats = None
         self._messages = list(self._opening)
 
     def say(self, text: str) -> None:
         """Answer one message, streaming to stdout; a refused message leaves the conversation as it was."""
+        check_text(text)
         messages = [*self._messages, {"role": "user", "content": text}]
         answer = self._decode(self._session.encode_chat(messages))
         self.remember(text, answer)

@@ -92,6 +92,10 @@ def median_speed(runs: list[Run]) -> float:
 def print_comparison(comparison: Comparison) -> None:
     """The table of both ways, what it was measured on, and whether the texts are equal."""
     facts, stats = comparison.facts, comparison.drafted[0].stats
+    if not comparison.plain[0].num_timed:
+        print("nothing to time: prefill alone gave the whole answer")
+        print(f"texts identical: {verdict(comparison)}")
+        return
     print(f"{'':18}{'tokens/s':>10}{'tokens/cycle N':>16}{'tokens/pass TPF':>17}{'drafts accepted':>17}")
     print(f"{'without drafting':18}{median_speed(comparison.plain):10.1f}{1.0:16.2f}{1.0:17.2f}{'-':>17}")
     if comparison.one_row:

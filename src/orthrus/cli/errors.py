@@ -11,6 +11,9 @@ import typer
 
 P = ParamSpec("P")
 
+MISTAKES = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+"""What goes wrong with a path that the user gave; other errors of the system, such as a full disk, are no mistake."""
+
 DEBUG = "ORTHRUS_DEBUG"
 """Environment variable that adds the traceback to any error."""
 
@@ -27,8 +30,10 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt:
             print(flush=True)  # the answer's last line was cut off
             raise typer.Exit(fail("interrupted", code=1)) from None
-        except (ValueError, OSError) as error:
+        except (ValueError, *MISTAKES) as error:
             raise typer.Exit(fail(one_line(error), code=2)) from None
+        except OSError as error:  # a full disk, say
+            raise typer.Exit(fail(one_line(error), code=1)) from None
         except Exception as error:
             hint = "" if DEBUG in os.environ else f" ({DEBUG}=1 shows where)"
             raise typer.Exit(fail(f"{type(error).__name__}: {one_line(error)}{hint}", code=1)) from None

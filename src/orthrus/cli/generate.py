@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orthrus.cli import options
-from orthrus.cli.options import refuse, sampling_fields
+from orthrus.cli.options import check_text, refuse, sampling_fields
 
 if TYPE_CHECKING:
     from orthrus.cli.session import Session
@@ -88,7 +88,10 @@ def generate(
 
 def read_prompt(prompt: str | None) -> str:
     """The prompt as given, or all of stdin for none or "-"."""
-    text = sys.stdin.read() if prompt is None or prompt == "-" else prompt
+    is_piped = prompt is None or prompt == "-"
+    refuse("the prompt", "is missing: stdin is closed", when=is_piped and sys.stdin is None)
+    text = sys.stdin.read() if is_piped else prompt
+    check_text(text)
     refuse("the prompt", "is empty; give some text to continue", when=not text)
     return text
 

@@ -60,3 +60,11 @@ def check_dtype(dtype: str) -> None:
     """Refuse a number format that no command computes in."""
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+
+
+def check_text(text: str) -> None:
+    """Refuse text that was no UTF-8: Python reads such bytes as lone surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text is not valid UTF-8; save it in that encoding") from None

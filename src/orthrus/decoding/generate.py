@@ -18,6 +18,7 @@ from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from orthrus.decoding.arguments import check_inputs, check_kinds, check_range, refuse_settings, refuse_unknown
 from orthrus.decoding.decoder import Decoder, Record, Request
 from orthrus.decoding.portable import PREFILL_CHUNK, PortableBackend
 from orthrus.decoding.sampling import Sampling, derive_seed
@@ -25,16 +26,6 @@ from orthrus.decoding.stats import DecodingStats
 from orthrus.decoding.stopping import Stopping
 from orthrus.model.checkpoint import OrthrusCheckpointMixin
 from orthrus.model.modeling import OrthrusLM
-
-REFUSED_SETTINGS = {
-    "num_beams": 1, "num_beam_groups": 1, "length_penalty": 1, "guidance_scale": 1,
-    "early_stopping": False, "diversity_penalty": 0, "constraints": None, "force_words_ids": None, "penalty_alpha": 0,
-    "dola_layers": None, "token_healing": False, "low_memory": False, "output_attentions": False,
-    "output_hidden_states": False, "cache_implementation": None, "cache_config": None, "max_cache_len": None,
-    "compile_config": None, "continuous_batching_config": None, "prompt_lookup_num_tokens": None,
-    "assistant_early_exit": None, "speculation_type": None, "use_mtp": None, "is_assistant": False,
-}  # fmt: skip
-"""Generation settings that block decoding does not support, with the value that means "off"."""
 
 ROWWISE = frozenset(
     getattr(logits_process, name)
@@ -94,8 +85,12 @@ class OrthrusForCausalLM(OrthrusCheckpointMixin, OrthrusLM):
         for name, value in (("synced_gpus", synced_gpus), ("assistant_model", assistant_model)):
             if value:
                 raise ValueError(f"generate: {name} is not supported")
-        _refuse_unknown(kwargs)
-        _refuse_settings(self.generation_config, generation_config, kwargs)
+        check_kinds(
+            use_diffusion_mode=use_diffusion_mode, block_size=block_size, seed=seed, exact=exact, generator=generator
+        )
+        check_inputs(kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("attention_mask"))
+        refuse_unknown(kwargs)
+        refuse_settings(self.generation_config, generation_config, kwargs)
         generation = _Generation(
             drafting=use_diffusion_mode,
             block_size=block_size,
@@ -122,27 +117,6 @@ class OrthrusForCausalLM(OrthrusCheckpointMixin, OrthrusLM):
         tokenizer = kwargs.get("tokenizer")
         extracted = super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args, **named)
         return extracted if tokenizer is None else {**extracted, "tokenizer": tokenizer}
-
-
-def _refuse_unknown(kwargs: dict[str, Any]) -> None:
-    """`ValueError` for keywords that neither stock's generation config nor block decoding knows."""
-    known = vars(GenerationConfig())
-    for name, value in kwargs.items():
-        if name not in known and name not in ("input_ids", "attention_mask", "tokenizer") and value is not None:
-            raise ValueError(f"generate: {name} is not supported (or misspelt)")
-    if kwargs.get("use_cache") is False:
-        raise ValueError("generate: use_cache=False is not supported; decoding always uses its own cache")
-
-
-def _refuse_settings(default: GenerationConfig, given: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
-    """`ValueError` for settings that block decoding does not support; a later source overrides an earlier one."""
-    settings: dict[str, Any] = {}
-    for source in (vars(default), {} if given is None else vars(given), kwargs):
-        settings |= {name: value for name, value in source.items() if value is not None}
-    for name, off in REFUSED_SETTINGS.items():
-        value = settings.get(name, off)
-        if value != off:
-            raise ValueError(f"generate: {name}={value!r} is not supported with block decoding")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +147,7 @@ class _Generation:
         if self.streamer is not None and len(input_ids) > 1:
             raise ValueError(f"generate: streamer works with one row only, got {len(input_ids)}")
         prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
+        check_range(prompts, model.config.vocab_size)
         processors, sampling = _split_warpers(logits_processor, bool(config.do_sample))
         _refuse_stateful(processors)
         backend = PortableBackend(model, exact=self.exact, prefill_chunk=config.prefill_chunk_size or PREFILL_CHUNK)
@@ -205,8 +180,8 @@ class _Generation:
     def _seeded(self, sampling: Sampling, copy: int) -> Sampling:
         """The row's own seed: the call's for the first sequence of a prompt, derived ones for the others."""
         if sampling.effective_rule == "greedy":
-            if self.rule is not None and self.rule not in ("speculative", "coupled"):
-                raise ValueError(f"sampling_rule must be 'speculative' or 'coupled', got {self.rule!r}")
+            if self.rule is not None:
+                raise ValueError(f"sampling_rule={self.rule!r} has no effect on greedy decoding: add do_sample=True")
             return sampling
         rule = self.rule or ("speculative" if self.seed is None else "coupled")
         if self.seed is not None:
@@ -229,12 +204,11 @@ def _prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]
     ids = input_ids.tolist()
     if attention_mask is None:
         return ids
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids has {tuple(input_ids.shape)}"
-        )
+    assert attention_mask.shape == input_ids.shape, "checked before transformers prepared it"
     mask = (attention_mask != 0).tolist()
     for b, row in enumerate(mask):
+        if row and not any(row):
+            raise ValueError(f"attention_mask hides all of row {b}; every row needs a token to continue")
         if row and not row[-1]:
             raise ValueError(f"attention_mask hides the last token of row {b} (right padding); pad on the left")
     return [

@@ -25,7 +25,7 @@ from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
 from orthrus.decoding.cache import SLOT_QUANTUM, Cache
 from orthrus.decoding.chooser import Chooser
 from orthrus.decoding.row import Cycle, Outcome, Row
-from orthrus.model.attention import Attend, View, run_layers
+from orthrus.model.attention import Attend, View, check_untouched, run_layers
 from orthrus.model.masks import draft_mask, verify_mask
 from orthrus.model.packed import PackedModel, pack
 
@@ -124,6 +124,7 @@ class PortableBackend:
         """Cache the row's tokens from `num_kept` on, in chunks, and choose the token that follows."""
         watch = Stopwatch(self.device)
         watch.mark()
+        check_untouched(self.model)
         self._packed = pack(self.model)
         if row.index not in self.cache:
             self.cache.add(row.index)

@@ -46,6 +46,23 @@ def copy_twins(attention: nn.Module) -> None:
             getattr(attention, f"{name}_diff").load_state_dict(module.state_dict())
 
 
+def check_untouched(model: nn.Module) -> None:
+    """`ValueError` naming a hook or a replaced `forward` that no pass of this project would run.
+
+    Passes call projections, MLPs, embeddings and the LM head as modules, but take decoder layers, attention modules
+    and norms apart (`run_layer`): what hangs on those would be left out without a word.
+    """
+    for name, module in model.named_modules():
+        is_called = isinstance(module, nn.Linear | nn.Embedding) or ".mlp" in name or "rotary_emb" in name
+        if is_called or any(part in name for part in ("_proj", "embed_tokens", "lm_head")):
+            continue
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            raise ValueError(
+                f"{name or 'the model'} has a hook or a forward of its own, which block decoding would not run: remove "
+                "it, or set it on a projection, the MLP, the embedding or the LM head"
+            )
+
+
 def twin(attention: nn.Module, name: str, view: View) -> Any:
     """The module that plays `name` in this view, or None where the base has none (no q/k norm)."""
     return getattr(attention, name if view == "ar" else f"{name}_diff", None)

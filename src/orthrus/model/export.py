@@ -83,6 +83,8 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write tensors as one safetensors file, or as shards with an index when they are many bytes."""
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_torch_state_dict(on_host, folder, max_shard_size=MAX_SHARD)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # the writer's 0600 would keep a shared checkpoint from everybody else
     # The writer leaves out tensors that share memory with others.
     assert set(read_headers(folder)) == set(tensors), "two tensors of the model share their memory"
 

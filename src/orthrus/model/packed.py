@@ -195,13 +195,14 @@ class SharedPart:
     input_norm: Norm
     post_norm: Norm
     gate_up: Product
-    activation: nn.Module
+    module: nn.Module
+    """The MLP itself, asked for its activation, which is no weight."""
     down: Product
 
     def mlp(self, hidden_BTD: Tensor) -> Tensor:
         """Norm and MLP, without the residual."""
         gate, up = self.gate_up(self.post_norm(hidden_BTD)).chunk(2, dim=-1)
-        return self.down(self.activation(gate) * up)
+        return self.down(self.module.act_fn(gate) * up)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -302,6 +303,6 @@ def pack_shared(layer: nn.Module) -> SharedPart:
         input_norm=Norm.of(layer.input_layernorm),
         post_norm=Norm.of(layer.post_attention_layernorm),
         gate_up=Product(mlp.gate_proj, mlp.up_proj),
-        activation=mlp.act_fn,
+        module=mlp,
         down=Product(mlp.down_proj),
     )
