@@ -1,5 +1,6 @@
 """Which bases can carry a view."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,7 +8,8 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from orthrus.config import OrthrusLlamaConfig, OrthrusMistralConfig, OrthrusQwen2Config
 from orthrus.model.bases import ROWS, check_base
-from orthrus.model.checkpoint import load_model
+from orthrus.model.checkpoint import build_config, expected_shapes, load_model
+from orthrus.model.modeling import OrthrusLM, is_view_tensor
 from tests.model.released import edit_json, random_model, released_config, write_stock
 
 SUPPORTED = "llama, mistral, orthrus, orthrus_llama, orthrus_mistral, orthrus_qwen2, qwen2, qwen3"
@@ -94,6 +96,52 @@ def test_angles_that_change_with_the_pass_are_refused_by_name(model_type: str):
             "original_max_position_embeddings": 64, "factor": 2.0}  # fmt: skip
     with pytest.raises(ValueError, match="some/base: rope_parameters: rope_type 'longrope' is not supported, only"):
         check_base(base_config(model_type, sliding_window=None, rope_parameters=rope), where="some/base")
+
+
+LLAMA_3_2_1B = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64,
+    "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "torch_dtype": "bfloat16",
+    "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3",
+                     "original_max_position_embeddings": 8192},
+    "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "attention_bias": False, "mlp_bias": False,
+    "pretraining_tp": 1,
+}  # fmt: skip
+SMOLLM2_135M = {
+    "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 8192,
+    "rope_theta": 100000, "rope_interleaved": False, "rope_scaling": None, "rms_norm_eps": 1e-05,
+}  # fmt: skip
+QWEN2_5_0_5B = {
+    "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+    "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True, "max_window_layers": 24,
+    "sliding_window": 32768, "use_sliding_window": False, "rope_theta": 1000000.0, "max_position_embeddings": 32768,
+}  # fmt: skip
+MISTRAL_7B_V0_3 = {
+    "model_type": "mistral", "vocab_size": 32768, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
+    "sliding_window": None, "rope_theta": 1000000.0, "max_position_embeddings": 32768, "rms_norm_eps": 1e-05,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_base", "head_dim", "rope_type"),
+    [
+        (LLAMA_3_2_1B, 1_235_814_400, 64, "llama3"),
+        (SMOLLM2_135M, 134_515_008, 64, "default"),
+        (QWEN2_5_0_5B, 494_032_768, 64, "default"),
+        (MISTRAL_7B_V0_3, 7_248_023_552, 128, "default"),
+    ],
+)
+def test_published_configurations_give_the_published_sizes(
+    fields: dict[str, Any], num_base: int, head_dim: int, rope_type: str
+):
+    """config.json in the spelling of transformers 4, as the Hub has it."""
+    config, _ = build_config(OrthrusLM.config_class, fields, where="x", block_size=32, mask_token_id=7)
+    shapes = expected_shapes(OrthrusLM, config)
+    assert sum(math.prod(shape) for name, shape in shapes.items() if not is_view_tensor(name)) == num_base
+    assert config.head_dim == head_dim and config.rope_parameters["rope_type"] == rope_type
+    assert config.rope_parameters["rope_theta"] == fields["rope_theta"]
 
 
 def test_quantisation_and_missing_shapes_are_refused_by_name():

@@ -188,6 +188,12 @@ def test_mask_token_defaults_to_the_row_behind_the_tokenizer(tmp_path: Path, sto
         ValueError, match=f"{NUM_TOKENS} tokens fill all {NUM_TOKENS} embedding rows.*give mask_token_id"
     ):
         convert(full, tmp_path / "out")
+    spare = AutoTokenizer.from_pretrained(full)
+    spare.add_special_tokens({"additional_special_tokens": ["<|reserved_0|>", "<|reserved_1|>"]})
+    spare.save_pretrained(full)
+    edit_json(full / "config.json", vocab_size=NUM_TOKENS + 2)
+    with pytest.raises(ValueError, match=rf"give mask_token_id.*: {NUM_TOKENS + 1}, say, which is its <.reserved_1.>"):
+        convert(full, tmp_path / "out")
     bare = shutil.copytree(stock, tmp_path / "bare")
     for file in bare.glob("tokenizer*"):
         file.unlink()

@@ -1,6 +1,7 @@
 """What the families share: the LM head over the decoder, the layer function, and the passes of training."""
 
 import ast
+import copy
 import inspect
 import sys
 import textwrap
@@ -8,7 +9,7 @@ from types import FunctionType
 
 import pytest
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, Qwen3ForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, eager_attention_forward
 
 from orthrus.datagen.regenerate import continue_rows
@@ -18,7 +19,7 @@ from orthrus.training.anchors import Blocks
 from orthrus.training.forward import Passes, block_mask
 from tests.decoding.checks import reference_draft
 from tests.decoding.subjects import BLOCK, MASK, random_prompt, stock, stock_text, subject
-from tests.families import OTHERS, VARIANTS, stock_twin
+from tests.families import ONE_EACH, OTHERS, VARIANTS, dual_config, family, fields_of, stock_twin
 from tests.model.released import FIELDS, ROPE, random_model
 
 IDS = torch.tensor([[5, 9, 200, 3, 3, 17, 255], [1, 2, 3, 4, 5, 6, 7]])
@@ -54,6 +55,17 @@ def test_what_is_taken_from_qwen3_for_all_families_is_written_the_same_in_each(r
     assert {n: getattr(host, n) for n in flags} == {n: getattr(OrthrusLM, n) for n in flags}
 
 
+@pytest.mark.parametrize("variant", ["qwen3", *ONE_EACH])
+def test_a_seed_gives_the_weights_that_it_gives_the_stock_class(variant: str):
+    """Recipes that start a base from a seed rest on it."""
+    torch.manual_seed(3)
+    model = OrthrusLM(dual_config(variant, FIELDS, tie_word_embeddings=False, mask_token_id=263))
+    torch.manual_seed(3)
+    stock_config = family(variant).stock_config(**fields_of(variant, FIELDS), tie_word_embeddings=False)
+    fresh = AutoModelForCausalLM.from_config(stock_config).state_dict()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in fresh.items())
+
+
 @pytest.mark.parametrize("variant", OTHERS)
 def test_forward_is_the_stock_classes_in_full(variant: str):
     """Loss, cache, padding and hidden states too, as whoever trains or probes the AR view asks for them."""
@@ -85,3 +97,20 @@ def test_training_passes_are_those_of_decoding(variant: str):
     expected = reference_draft(model, prompt[: anchor + 1], BLOCK - 1)
     assert model.logits(drafted)[0, :-1].argmax(-1).tolist() == expected
     assert continue_rows(model, ids, 40)[0, 20:].tolist() == stock_text(prompt, 20, variant=variant)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("variant", ["qwen3", *ONE_EACH])
+@torch.no_grad()
+def test_attention_is_scaled_as_the_base_scales_it(variant: str, implementation: str):
+    """Every family scales by head_dim ** -0.5, so a scale of our own would go unseen: give the layers another one."""
+    model = copy.deepcopy(subject(implementation=implementation, variant=variant))
+    twin = copy.deepcopy(stock(implementation=implementation, variant=variant))
+    for layer in (*model.model.layers, *twin.model.layers):
+        layer.self_attn.scaling *= 0.25
+    ids = torch.tensor([random_prompt(9)])
+    expected = twin.generate(ids, max_new_tokens=20)
+    assert model.generate(ids, max_new_tokens=20).tolist() == expected.tolist()
+    assert expected[0, 9:].tolist() != stock_text(ids[0].tolist(), 20, variant=variant), "the scale changes nothing"
+    hidden, _ = Passes(model, compiled=False).ar(ids)
+    torch.testing.assert_close(model.logits(hidden), twin(ids).logits, atol=1e-3, rtol=1e-3)

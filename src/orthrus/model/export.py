@@ -313,9 +313,18 @@ def spare_token(
     if len(tokenizer) >= num_rows:
         raise ValueError(
             f"the tokenizer's {len(tokenizer)} tokens fill all {num_rows} embedding rows of {base}, and embeddings are "
-            "never resized: give mask_token_id, a token that no text uses (a reserved special token, say)"
+            f"never resized: give mask_token_id, a token that no text uses: {reserved_token(tokenizer)}"
         )
     return len(tokenizer)
+
+
+def reserved_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """For a message: a token that the tokenizer keeps for such uses, or how to look for one."""
+    names = {id_: token for token, id_ in tokenizer.get_added_vocab().items()}
+    reserved = [id_ for id_, token in names.items() if re.search("reserved|unused|control", token.lower())]
+    if not reserved:
+        return "a special token that its chat template does not write, say"
+    return f"{max(reserved)}, say, which is its {names[max(reserved)]}"
 
 
 # --- remote code -------------------------------------------------------------------------------------------------
