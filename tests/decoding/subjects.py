@@ -5,16 +5,15 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel
 
-from orthrus.config import OrthrusConfig
 from orthrus.decoding.decoder import Decoder, Record, Request
 from orthrus.decoding.generate import OrthrusForCausalLM
 from orthrus.decoding.portable import PortableBackend
 from orthrus.decoding.row import Row
 from orthrus.decoding.sampling import Sampling
 from orthrus.decoding.stopping import Stopping
-from orthrus.model.modeling import is_view_tensor
+from tests.families import dual_config, randomise_vectors, stock_twin
 
 VOCABULARY = 61
 MASK = 60
@@ -38,24 +37,24 @@ def randomise(model: nn.Module, seed: int, std: float = 0.8) -> None:
 
 
 @cache
-def subject(tied: bool = False, implementation: str = "sdpa", seed: int = 0) -> OrthrusForCausalLM:
+def subject(
+    tied: bool = False, implementation: str = "sdpa", seed: int = 0, variant: str = "qwen3"
+) -> OrthrusForCausalLM:
     """A dual-view model whose view is another random one than the AR view's: mostly wrong drafts, never wrong text."""
-    config = OrthrusConfig(**SHAPE, tie_word_embeddings=tied, block_size=BLOCK, mask_token_id=MASK)
+    config = dual_config(variant, SHAPE, tie_word_embeddings=tied, block_size=BLOCK, mask_token_id=MASK)
     config._attn_implementation = implementation
     model = OrthrusForCausalLM(config).eval()
     randomise(model, seed)
+    if variant != "qwen3":
+        randomise_vectors(model, seed)
     return model
 
 
 @cache
-def stock(tied: bool = False, implementation: str = "sdpa", seed: int = 0) -> Qwen3ForCausalLM:
+def stock(tied: bool = False, implementation: str = "sdpa", seed: int = 0, variant: str = "qwen3") -> PreTrainedModel:
     """transformers' own model with the AR weights of `subject`."""
-    config = Qwen3Config(**SHAPE, tie_word_embeddings=tied)
-    config._attn_implementation = implementation
-    model = Qwen3ForCausalLM(config).eval()
-    weights = subject(tied, implementation, seed).state_dict()
-    model.load_state_dict({name: value for name, value in weights.items() if not is_view_tensor(name)})
-    return model
+    model = subject(tied, implementation, seed, variant)
+    return stock_twin(model, variant, SHAPE, tie_word_embeddings=tied)
 
 
 def random_prompt(length: int, seed: int = 0) -> list[int]:
@@ -123,8 +122,10 @@ def decode(model: nn.Module, r: Request, *, block_size: int | None = None, exact
     return decode_all(Decoder(PortableBackend(model, exact=exact), block_size=block_size), [r])[0][0]
 
 
-def stock_text(prompt: list[int], max_new_tokens: int, *, tied: bool = False, seed: int = 0) -> list[int]:
+def stock_text(
+    prompt: list[int], max_new_tokens: int, *, tied: bool = False, seed: int = 0, variant: str = "qwen3"
+) -> list[int]:
     """The greedy continuation that transformers writes."""
     ids = torch.tensor([prompt])
-    output = stock(tied, "sdpa", seed).generate(input_ids=ids, max_new_tokens=max_new_tokens, do_sample=False)
+    output = stock(tied, "sdpa", seed, variant).generate(input_ids=ids, max_new_tokens=max_new_tokens, do_sample=False)
     return output[0, len(prompt) :].tolist()

@@ -6,27 +6,29 @@ import pytest
 import torch
 
 import orthrus.model.packed as packed
-from orthrus.config import OrthrusConfig
 from orthrus.decoding.decoder import Decoder
 from orthrus.decoding.generate import OrthrusForCausalLM
 from orthrus.decoding.portable import PortableBackend
 from tests.decoding.subjects import RiggedBackend, decode_all, random_prompt, randomise, request
+from tests.families import ONE_EACH, OTHERS, dual_config, randomise_vectors
 
 BLOCK = 8
 NUM_NEW = 1 + BLOCK * (BLOCK + 1) // 2
 
 
 @cache
-def bf16_subject(implementation: str, width: int = 128) -> OrthrusForCausalLM:
-    config = OrthrusConfig(
+def bf16_subject(implementation: str, width: int = 128, variant: str = "qwen3") -> OrthrusForCausalLM:
+    shape = dict(
         vocab_size=263, hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=1024,
-        tie_word_embeddings=True, block_size=BLOCK, mask_token_id=262, bos_token_id=None, eos_token_id=None,
-        pad_token_id=None,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
+    config = dual_config(variant, shape, block_size=BLOCK, mask_token_id=262)
     config._attn_implementation = implementation
     model = OrthrusForCausalLM(config).eval()
     randomise(model, seed=1, std=0.15)
+    if variant != "qwen3":
+        randomise_vectors(model, seed=1, std=0.1)
     return model.to(torch.bfloat16)
 
 
@@ -41,9 +43,11 @@ def decode_logits(backend: PortableBackend, prompts: list[list[int]], *, draftin
     return texts, logits, accepted
 
 
-def differing_tokens(implementation: str, *, exact: bool, num_rows: int = 1, width: int = 128) -> int:
+def differing_tokens(
+    implementation: str, *, exact: bool, num_rows: int = 1, width: int = 128, variant: str = "qwen3"
+) -> int:
     """Tokens whose logits differ in some bit between AR decoding and drafting with every acceptance count."""
-    model = bf16_subject(implementation, width)
+    model = bf16_subject(implementation, width, variant)
     prompts = [random_prompt(9 + 30 * row, seed=row) for row in range(num_rows)]
     texts, plain, _ = decode_logits(PortableBackend(model, exact=exact), prompts, drafting=False)
     truth = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
@@ -69,6 +73,11 @@ def test_exact_logits_have_the_same_bits_in_a_ragged_batch():
     assert differing_tokens("sdpa", exact=True, num_rows=3) == 0
 
 
+@pytest.mark.parametrize("variant", OTHERS)
+def test_exact_holds_for_every_family(variant: str):
+    assert differing_tokens("sdpa", exact=True, num_rows=2, variant=variant) == 0
+
+
 def test_exact_holds_at_the_width_of_the_bundled_model():
     """Products of other sizes run other kernels."""
     assert differing_tokens("sdpa", exact=True, width=512) == 0
@@ -79,9 +88,10 @@ def test_exact_holds_without_packed_weights(monkeypatch):
     assert differing_tokens("sdpa", exact=True) == 0
 
 
-def test_without_exact_some_bits_differ():
+@pytest.mark.parametrize("variant", ["qwen3", *ONE_EACH])
+def test_without_exact_some_bits_differ(variant: str):
     """The negative control: if this fails, the tests above prove nothing on this machine."""
-    assert differing_tokens("sdpa", exact=False) > 0
+    assert differing_tokens("sdpa", exact=False, variant=variant) > 0
 
 
 def test_exact_rows_do_not_depend_on_the_batch():

@@ -1,5 +1,6 @@
 """L0: in fp32, what `generate` writes is what transformers' own model of the same weights writes, token for token."""
 
+import copy
 import random
 
 import pytest
@@ -7,18 +8,24 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 import orthrus.decoding.generate as generate_module
+from orthrus.decoding.decoder import Decoder
 from tests.decoding.checks import check_every_acceptance_count
 from tests.decoding.subjects import (
     BLOCK,
     MASK,
+    SHAPE,
     RiggedBackend,
+    decode_all,
     random_prompt,
+    request,
     stock,
     stock_text,
     subject,
 )
+from tests.families import ONE_EACH, OTHERS, VARIANTS
 
 NUM_CASES = 240
+NUM_CASES_A_VARIANT = 20
 GROUPS = 12
 
 
@@ -91,19 +98,19 @@ def rig(monkeypatch: pytest.MonkeyPatch, truth: list[list[int]], rng: random.Ran
     return made
 
 
-def check_case(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
+def check_case(monkeypatch: pytest.MonkeyPatch, number: int, variant: str = "qwen3") -> list[int]:
     """Compare one case with stock; returns the accepted counts where they were prescribed."""
     rng = random.Random(number)
     tied, implementation = rng.random() < 0.5, rng.choice(["eager", "sdpa"])
     weights = rng.randrange(3)
     settings = draw_case(rng)
     ids, mask = draw_batch(rng)
-    expected = stock(tied, implementation, weights).generate(input_ids=ids, attention_mask=mask, **settings)
+    expected = stock(tied, implementation, weights, variant).generate(input_ids=ids, attention_mask=mask, **settings)
     truth = [row[kept.bool()].tolist() for row, kept in zip(expected, pad_to(mask, expected.shape[1]), strict=True)]
     made = rig(monkeypatch, truth, rng) if rng.random() < 0.8 else []
     drafting = rng.random() < 0.9
     block_size = rng.randint(2, BLOCK)
-    actual, stats = subject(tied, implementation, weights).generate(
+    actual, stats = subject(tied, implementation, weights, variant).generate(
         input_ids=ids, attention_mask=mask, use_diffusion_mode=drafting, block_size=block_size, return_stats=True,
         **settings,
     )  # fmt: skip
@@ -136,10 +143,52 @@ def test_generate_writes_what_stock_writes(monkeypatch, group: int):
             check_case(patch, number)
 
 
-@pytest.mark.parametrize("block_size", range(2, BLOCK + 1))
-@pytest.mark.parametrize("tied", [True, False])
-def test_every_acceptance_count_gives_the_same_text(block_size: int, tied: bool):
+@pytest.mark.filterwarnings("ignore:Unfeasible length constraints")
+@pytest.mark.parametrize("variant", ["qwen3-bias", *OTHERS])
+def test_every_family_writes_what_its_stock_class_writes(monkeypatch, variant: str):
+    counts = []
+    for number in range(1000, 1000 + NUM_CASES_A_VARIANT):
+        with monkeypatch.context() as patch:
+            counts += check_case(patch, number, variant)
+    assert 0 in counts and max(counts) > 3, "the drafter was never right, or never wrong"
 
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_copied_view_is_believed_and_writes_the_same_text(variant: str):
+    """N says that the view's own drafts are accepted: those of a view that knows nothing are one time in 61."""
+    model = copy.deepcopy(subject(variant=variant))
+    settings: dict = dict(input_ids=torch.tensor([random_prompt(5)]), max_new_tokens=60)
+    expected = stock(variant=variant).generate(**settings)
+    unlike, strange = model.generate(**settings, return_stats=True)
+    model.init_view()
+    output, stats = model.generate(**settings, return_stats=True)
+    assert output.tolist() == unlike.tolist() == expected.tolist()
+    assert strange.tokens_per_cycle < 1.3 < 1.5 < stats.tokens_per_cycle, f"{strange} {stats}"
+
+
+@pytest.mark.parametrize("variant", ["mistral-dynamic"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_dynamic_angles_hold_up_to_the_end_of_the_context_and_are_refused_behind_it(variant: str, exact: bool):
+    """Behind it stock turns each token by angles of its own: a block, even an exact pass's padding, would move them."""
+    prompt = torch.tensor([random_prompt(SHAPE["max_position_embeddings"] - 21)])
+    settings: dict = dict(input_ids=prompt, max_new_tokens=21)
+    expected = stock(variant=variant).generate(**settings)
+    truth = [expected[0].tolist()]
+    model = copy.deepcopy(subject(variant=variant))
+    for num_right in (0, BLOCK - 1):
+        backend = RiggedBackend(model, truth, lambda row, cycle, right=num_right: right, exact=exact)
+        texts, _ = decode_all(Decoder(backend), [request(truth[0][:-21], 21)])
+        assert texts[0] == truth[0][-21:]
+    with pytest.raises(ValueError, match="context is 256.*'dynamic'.*ask for fewer"):
+        model.generate(**settings | {"max_new_tokens": 22})
+
+
+ACCEPTANCE_CASES = [(size, tied, "qwen3") for size in range(2, BLOCK + 1) for tied in (True, False)]
+ACCEPTANCE_CASES += [(BLOCK, True, variant) for variant in ONE_EACH]
+
+
+@pytest.mark.parametrize(("block_size", "tied", "variant"), ACCEPTANCE_CASES)
+def test_every_acceptance_count_gives_the_same_text(block_size: int, tied: bool, variant: str):
     prompt = random_prompt(5)
-    truth = prompt + stock_text(prompt, 110, tied=tied)
-    check_every_acceptance_count(subject(tied), truth, len(prompt), block_size)
+    truth = prompt + stock_text(prompt, 110, tied=tied, variant=variant)
+    check_every_acceptance_count(subject(tied, variant=variant), truth, len(prompt), block_size)

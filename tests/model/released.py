@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from orthrus.config import OrthrusConfig
 from orthrus.model.modeling import OrthrusLM
 from tests.cli.tiny import byte_tokenizer
+from tests.families import dual_config, family, fields_of, stock_class
 
 NUM_TOKENS = 258
 """len(tokenizer): the mask token's id, a row of the embedding that no text uses."""
@@ -24,14 +24,14 @@ FIELDS = {
 }  # fmt: skip
 
 
-def random_model(*, tied: bool = True, bias: bool = False, seed: int = 1) -> OrthrusLM:
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+
+
+def random_model(*, tied: bool = True, seed: int = 1, variant: str = "qwen3") -> OrthrusLM:
     """A model whose view differs from its AR projections."""
     torch.manual_seed(seed)
-    fields = FIELDS | {"tie_word_embeddings": tied, "attention_bias": bias, "eos_token_id": 257}
-    config = OrthrusConfig(
-        **fields, block_size=8, mask_token_id=NUM_TOKENS,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )  # fmt: skip
+    shape = FIELDS | ROPE | {"tie_word_embeddings": tied, "eos_token_id": 257}
+    config = dual_config(variant, shape, block_size=8, mask_token_id=NUM_TOKENS)
     model = OrthrusLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -104,13 +104,18 @@ def write_released(
     return folder
 
 
-def write_stock(folder: Path, model: OrthrusLM, *, dtype: torch.dtype = torch.bfloat16, **more: Any) -> Path:
-    """The base alone, as a stock Qwen3 checkpoint with a chat template."""
+def write_stock(
+    folder: Path, model: OrthrusLM, *, dtype: torch.dtype = torch.bfloat16, variant: str = "qwen3", **more: Any
+) -> Path:
+    """The base alone, as a stock checkpoint of its family with a chat template."""
     tensors = {name: t for name, t in released_tensors(model, dtype=dtype).items() if "_diff." not in name}
     write_shards(folder, tensors)
-    fields = released_config(tied=model.config.tie_word_embeddings, architectures=["Qwen3ForCausalLM"])
+    fields = released_config(tied=model.config.tie_word_embeddings)
     for name in ("r", "lora_alpha", "block_size", "mask_token_id", "auto_map"):
         fields.pop(name)
+    if variant != "qwen3":
+        fields = fields_of(variant, fields | ROPE) | {"dtype": "bfloat16"}
+    fields |= {"model_type": family(variant).model_type, "architectures": [stock_class(variant)]}
     (folder / "config.json").write_text(json.dumps(fields | {"dtype": str(dtype).removeprefix("torch.")} | more))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 256], "top_k": 20}))
     write_tokenizer(folder, template="{{ messages[0]['content'] }}")

@@ -89,7 +89,7 @@ def test_released_layout_loads_bit_for_bit(tmp_path: Path, tied: bool, num_shard
 
 @torch.no_grad()
 def test_loaded_model_computes_what_was_saved(tmp_path: Path):
-    source = random_model(tied=False, bias=True)
+    source = random_model(tied=False, variant="qwen3-bias")
     folder = write_released(tmp_path / "m", source, dtype=torch.float32, attention_bias=True)
     model = load_model(folder, dtype="float32", attn_implementation="sdpa")
     ids = torch.tensor([[1, 2, 3, 250]])
@@ -403,7 +403,7 @@ def test_start_view_on_a_checkpoint_with_a_view_is_refused(released: Path):
 
 
 def test_bias_of_the_base_is_honoured(tmp_path: Path):
-    base = write_stock(tmp_path / "base", random_model(bias=True, tied=False), attention_bias=True)
+    base = write_stock(tmp_path / "base", random_model(variant="qwen3-bias", tied=False), attention_bias=True)
     model = load_model(base, start_view=True, block_size=8, mask_token_id=NUM_TOKENS)
     attention = model.model.layers[0].self_attn
     assert torch.equal(attention.k_proj.bias, attention.k_proj_diff.bias) and attention.k_proj.bias.any()

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from orthrus import __version__
 from orthrus.model import export as exports
+from orthrus.model.bases import FAMILIES
 from orthrus.model.checkpoint import load_model
 from orthrus.model.export import code_files, convert, export, save_merged, save_view
 from orthrus.model.tensors import fingerprint, read_headers, read_json
+from tests.families import ONE_EACH, VARIANTS, family, stock_class
 from tests.model.released import NUM_TOKENS, edit_json, random_model, write_released, write_stock
 
 
@@ -46,9 +48,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_base_to_view_to_merged_to_view_keeps_every_bit(tmp_path: Path, tied: bool, dtype: torch.dtype):
-    base = write_stock(tmp_path / "base", random_model(tied=tied), dtype=dtype)
+@pytest.mark.parametrize(("dtype", "variant"), [(torch.bfloat16, v) for v in VARIANTS] + [(torch.float32, "qwen3")])
+def test_base_to_view_to_merged_to_view_keeps_every_bit(tmp_path: Path, tied: bool, dtype: torch.dtype, variant: str):
+    base = write_stock(tmp_path / "base", random_model(tied=tied, variant=variant), dtype=dtype, variant=variant)
     view = convert(base, tmp_path / "view", block_size=8)
     merged = export(view, tmp_path / "merged")
     again = export(merged, tmp_path / "again", form="view")
@@ -56,6 +58,31 @@ def test_base_to_view_to_merged_to_view_keeps_every_bit(tmp_path: Path, tied: bo
     assert files(merged) == files(convert(base, tmp_path / "direct", block_size=8, form="merged"))
     assert stored_bytes(merged) == stored_bytes(base) | stored_bytes(view)
     assert fingerprint(merged) == fingerprint(base)
+    check_configuration_is_the_bases(merged, base)
+    assert type(load_model(merged).config) is family(variant).config
+    assert type(AutoModelForCausalLM.from_pretrained(merged)).__name__ == stock_class(variant)
+
+
+def check_configuration_is_the_bases(merged: Path, base: Path):
+    """What stock transformers reads in a merged checkpoint is the base, field by field, defaults included."""
+    own, stock = (AutoConfig.from_pretrained(folder).to_dict() for folder in (merged, base))
+    ours = {"block_size", "mask_token_id", "auto_map", "orthrus_version", "base_id", "base_revision",
+            "base_fingerprint", "architectures", "use_cache", "head_dim", "_name_or_path"}  # fmt: skip
+    assert {n: value for n, value in own.items() if n not in ours} == {n: v for n, v in stock.items() if n not in ours}
+    head_dim = stock.get("head_dim", stock["hidden_size"] // stock["num_attention_heads"])
+    assert own["head_dim"] == head_dim and own["architectures"] == ["OrthrusLM"]
+
+
+def test_saved_model_of_every_family_is_read_as_its_own(tmp_path: Path):
+    """`save_pretrained` writes this project's `model_type`, which names the family too."""
+    for variant in VARIANTS:
+        model = random_model(variant=variant)
+        model.save_pretrained(tmp_path / variant)
+        again = load_model(tmp_path / variant)
+        assert type(again.config) is type(model.config)
+        named = {"_name_or_path": "", "architectures": [], "dtype": None}
+        assert again.config.to_dict() | named == model.config.to_dict() | named
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
 def test_released_checkpoint_to_view_to_merged_keeps_every_bit(tmp_path: Path):
@@ -161,6 +188,12 @@ def test_mask_token_defaults_to_the_row_behind_the_tokenizer(tmp_path: Path, sto
         ValueError, match=f"{NUM_TOKENS} tokens fill all {NUM_TOKENS} embedding rows.*give mask_token_id"
     ):
         convert(full, tmp_path / "out")
+    spare = AutoTokenizer.from_pretrained(full)
+    spare.add_special_tokens({"additional_special_tokens": ["<|reserved_0|>", "<|reserved_1|>"]})
+    spare.save_pretrained(full)
+    edit_json(full / "config.json", vocab_size=NUM_TOKENS + 2)
+    with pytest.raises(ValueError, match=rf"give mask_token_id.*: {NUM_TOKENS + 1}, say, which is its <.reserved_1.>"):
+        convert(full, tmp_path / "out")
     bare = shutil.copytree(stock, tmp_path / "bare")
     for file in bare.glob("tokenizer*"):
         file.unlink()
@@ -238,7 +271,7 @@ def test_failed_write_leaves_what_was_there(
 
 
 def test_remote_code_imports_only_itself_and_what_transformers_brings():
-    code = code_files()
+    code = code_files(FAMILIES["qwen3"])
     allowed = set(sys.stdlib_module_names) | {"torch", "transformers", "safetensors", "huggingface_hub", "numpy"}
     for name, source in code.items():
         for node in ast.walk(ast.parse(source)):
@@ -251,13 +284,13 @@ def test_remote_code_imports_only_itself_and_what_transformers_brings():
 
 
 def test_remote_code_says_where_it_came_from():
-    for name, source in code_files().items():
+    for name, source in code_files(FAMILIES["qwen3"]).items():
         first = source.splitlines()[0]
         assert first.startswith(f"# Generated by orthrus-llm {__version__} from orthrus."), name
 
 
 def test_remote_code_is_the_package_but_for_imports():
-    code = code_files()
+    code = code_files(FAMILIES["qwen3"])
     for module in ("orthrus.decoding.verify", "orthrus.model.masks"):
         own = exports.module_source(module).splitlines()
         written = code[f"{module.replace('.', '_')}.py"].splitlines()[2:]
@@ -265,7 +298,7 @@ def test_remote_code_is_the_package_but_for_imports():
 
 
 def test_entry_imports_every_module_itself():
-    code = code_files()
+    code = code_files(FAMILIES["qwen3"])
     entry = ast.parse(code["modeling_orthrus.py"])
     named = {f"{node.module}.py" for node in entry.body if isinstance(node, ast.ImportFrom)}
     assert named == set(code) - {"modeling_orthrus.py"}, "transformers 5.8 copies only what the entry itself imports"
@@ -294,37 +327,47 @@ else:
     raise SystemExit("orthrus is importable: this proves nothing")
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-folder, prompt = sys.argv[1], "def add("
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(
-    folder, dtype=torch.float32, device_map="cpu", attn_implementation="eager", trust_remote_code=True
-).eval()
-assert type(model).__name__ == "OrthrusLM" and type(model).__module__.startswith("transformers_modules.")
-assert model.config._attn_implementation == "eager" and model.dtype == torch.float32
-input_ids = tokenizer(prompt, return_tensors="pt").input_ids
-streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-drafted = model.generate(input_ids=input_ids, max_new_tokens=24, use_diffusion_mode=True, streamer=streamer)
-plain = model.generate(input_ids=input_ids, max_new_tokens=24, use_diffusion_mode=False)
-stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-assert type(stock).__name__ == "Qwen3ForCausalLM"
-truth = stock.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=24)
-assert drafted.tolist() == plain.tolist() == truth.tolist(), (drafted, plain, truth)
-model.generation_config.top_k = None  # transformers saves no configuration that it finds inconsistent
-model.save_pretrained(sys.argv[2])
-AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=True)
+prompt = "def add("
+for folder, stock_class in zip(sys.argv[2::2], sys.argv[3::2], strict=True):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, device_map="cpu", attn_implementation="eager", trust_remote_code=True
+    ).eval()
+    assert type(model).__name__ == "OrthrusLM" and type(model).__module__.startswith("transformers_modules.")
+    assert model.config._attn_implementation == "eager" and model.dtype == torch.float32
+    assert type(model.model).__name__ == stock_class.replace("ForCausalLM", "Model")
+    input_ids = tokenizer(prompt, return_tensors="pt").input_ids
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    drafted = model.generate(input_ids=input_ids, max_new_tokens=24, use_diffusion_mode=True, streamer=streamer)
+    plain = model.generate(input_ids=input_ids, max_new_tokens=24, use_diffusion_mode=False)
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert type(stock).__name__ == stock_class
+    truth = stock.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=24)
+    assert drafted.tolist() == plain.tolist() == truth.tolist(), (folder, drafted, plain, truth)
+    model.generation_config.top_k = None  # transformers saves no configuration that it finds inconsistent
+    saved = f"{sys.argv[1]}/{stock_class}"
+    model.save_pretrained(saved)
+    again = AutoModelForCausalLM.from_pretrained(saved, attn_implementation="eager", trust_remote_code=True)
+    assert AutoConfig.from_pretrained(saved).model_type == stock.config.model_type
+    assert torch.equal(again(input_ids).logits, model(input_ids).logits)
+    print("tokens", drafted.shape[1] - input_ids.shape[1])
 assert not [name for name in sys.modules if name.split(".")[0] == "orthrus"]
-print("tokens", drafted.shape[1] - input_ids.shape[1])
 """
 
 
 def test_merged_checkpoint_generates_where_orthrus_is_not_importable(tmp_path: Path, merged: Path):
+    folders = {merged: "Qwen3ForCausalLM"}
+    for variant in ONE_EACH:
+        base = write_stock(tmp_path / variant, random_model(variant=variant), dtype=torch.float32, variant=variant)
+        folders[convert(base, tmp_path / f"{variant}-merged", block_size=8, form="merged")] = stock_class(variant)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    arguments = [str(part) for pair in folders.items() for part in pair]
     done = subprocess.run(
-        [sys.executable, "-c", STRANGER, str(merged), str(tmp_path / "saved")],
+        [sys.executable, "-c", STRANGER, str(tmp_path / "saved"), *arguments],
         capture_output=True, text=True, cwd=tmp_path, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "tokens 24"
+    assert done.stdout.count("tokens 24") == len(folders)

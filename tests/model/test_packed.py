@@ -11,22 +11,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import orthrus.model.packed as packed
-from orthrus.config import OrthrusConfig
 from orthrus.decoding.decoder import Decoder
 from orthrus.decoding.generate import OrthrusForCausalLM
 from orthrus.decoding.portable import PortableBackend
 from orthrus.model.attention import View, causal_attend, run_layers
 from orthrus.model.packed import Norm, PackedModel, Product, can_pack, pack
 from tests.decoding.subjects import BLOCK, MASK, SHAPE, decode_all, random_prompt, randomise, request, subject
+from tests.families import OTHERS, dual_config
 
 pytestmark = pytest.mark.skipif(not packed.has_packed_products(torch.float32), reason="no packed products here")
 IDS = torch.tensor([random_prompt(11), random_prompt(11, seed=1)])
 DTYPES = [d for d in (torch.float32, torch.bfloat16) if packed.has_packed_products(d)]
 
 
-def fresh(dtype: torch.dtype = torch.float32, **fields) -> OrthrusForCausalLM:
+def fresh(dtype: torch.dtype = torch.float32, variant: str = "qwen3", **fields) -> OrthrusForCausalLM:
     """A model that a test may edit; its norms and biases are random too."""
-    config = OrthrusConfig(**SHAPE, block_size=BLOCK, mask_token_id=MASK, **fields)
+    config = dual_config(variant, SHAPE, block_size=BLOCK, mask_token_id=MASK, **fields)
     config._attn_implementation = "sdpa"
     model = OrthrusForCausalLM(config).eval()
     randomise(model, 0)
@@ -70,7 +70,9 @@ def test_a_joined_product_mixes_parts_with_and_without_bias():
 
 
 @pytest.mark.parametrize("view", ["ar", "diffusion"])
-@pytest.mark.parametrize("fields", [{}, {"attention_bias": True}, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"attention_bias": True}, {"tie_word_embeddings": True}, *({"variant": name} for name in OTHERS)]
+)
 @torch.inference_mode()
 def test_fp32_passes_are_the_plain_ones(view: View, fields: dict):
     model = fresh(**fields)
@@ -184,6 +186,16 @@ def test_weights_made_in_inference_mode_are_watched_too():
     assert pack(model) is not before
 
 
+def test_an_edit_of_an_mlp_bias_is_noticed():
+    """Only some families have biases there."""
+    model = fresh(variant="llama-bias")
+    for linear in ("gate_proj", "up_proj", "down_proj"):
+        before = pack(model)
+        assert before is not None and pack(model) is before
+        getattr(model.model.layers[1].mlp, linear).bias.data += 0.5
+        assert pack(model) is not before, f"an edit of {linear}'s bias goes unseen"
+
+
 @pytest.mark.parametrize("edit", [edit_in_place, load], ids=lambda edit: edit.__name__)
 def test_an_open_backend_decodes_with_the_weights_of_the_moment(edit: Callable[[nn.Module], None]):
     model = fresh()
@@ -256,6 +268,11 @@ def parametrise(model: nn.Module) -> None:
     nn.utils.parametrizations.weight_norm(model.lm_head)
 
 
+def subclass_mlp(model: nn.Module) -> None:
+    mlp = model.model.layers[0].mlp
+    mlp.__class__ = type("OtherMLP", (type(mlp),), {"forward": lambda self, x: x})
+
+
 def override_forward(model: nn.Module) -> None:
     model.lm_head.forward = lambda x: x
 
@@ -271,11 +288,12 @@ def transpose_weight(model: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [hook, hook_mlp, adapt, parametrise, override_forward, mix_dtypes, transpose_weight],
+    [hook, hook_mlp, adapt, parametrise, override_forward, mix_dtypes, transpose_weight, subclass_mlp],
     ids=lambda change: change.__name__,
 )
-def test_layers_that_are_not_plain_run_as_they_are(change: Callable[[nn.Module], None]):
-    model = fresh()
+@pytest.mark.parametrize("variant", ["qwen3", "llama3"])
+def test_layers_that_are_not_plain_run_as_they_are(change: Callable[[nn.Module], None], variant: str):
+    model = fresh(variant=variant)
     kept = weakref.ref(pack(model))
     change(model)
     assert not can_pack(model) and pack(model) is None

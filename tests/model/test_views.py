@@ -4,22 +4,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel
 
 from orthrus.model.attention import TWINS, add_twins, causal_attend, copy_twins, run_layers
 from orthrus.model.masks import draft_mask
 from orthrus.model.modeling import OrthrusLM, is_view_tensor
-from tests.model.released import FIELDS, random_model
+from tests.families import VARIANTS, stock_twin
+from tests.model.released import FIELDS, ROPE, random_model
 
 IDS = torch.tensor([[5, 9, 200, 3, 3, 17, 255], [1, 2, 3, 4, 5, 6, 7]])
 
 
-def stock(model: OrthrusLM) -> Qwen3ForCausalLM:
+def stock(model: OrthrusLM, variant: str = "qwen3") -> PreTrainedModel:
     """The stock model with this one's AR weights."""
-    fields = {n: getattr(model.config, n) for n in (*FIELDS, "tie_word_embeddings", "rope_parameters")}
-    base = Qwen3ForCausalLM(Qwen3Config(**fields)).eval()
-    base.load_state_dict({n: t for n, t in model.state_dict().items() if not is_view_tensor(n)})
-    return base
+    return stock_twin(model, variant, FIELDS | ROPE, tie_word_embeddings=model.config.tie_word_embeddings)
 
 
 def positions(ids: Tensor) -> Tensor:
@@ -27,12 +25,12 @@ def positions(ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_ar_view_is_the_stock_forward(tied: bool, bias: bool):
-    model = random_model(tied=tied, bias=bias)
+def test_ar_view_is_the_stock_forward(tied: bool, variant: str):
+    model = random_model(tied=tied, variant=variant)
     hidden = run_layers(model.model, IDS, positions(IDS), causal_attend, "ar")
-    truth = stock(model)(IDS).logits
+    truth = stock(model, variant)(IDS).logits
     torch.testing.assert_close(model.logits(hidden), truth, atol=2e-6, rtol=1e-5)
     assert torch.equal(model(IDS).logits, truth), "the model's own forward must be the base's, bit for bit"
 
@@ -48,12 +46,13 @@ def test_fresh_view_is_the_ar_view():
     assert not torch.equal(before, view), "the test must be able to tell the views apart"
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_view_pass_is_the_stock_model_with_the_twins_in_place_and_a_full_mask():
-    model = random_model()
-    swapped = stock(model)
+def test_view_pass_is_the_stock_model_with_the_twins_in_place_and_a_full_mask(variant: str):
+    model = random_model(variant=variant)
+    swapped = stock(model, variant)
     for layer, own in zip(swapped.model.layers, model.model.layers, strict=True):
-        for name in TWINS:
+        for name in (name for name in TWINS if hasattr(own.self_attn, name)):
             getattr(layer.self_attn, name).load_state_dict(getattr(own.self_attn, f"{name}_diff").state_dict())
     visible = draft_mask(torch.zeros(2, dtype=torch.long), torch.full((2,), 7), 7, 7)
 
@@ -67,20 +66,26 @@ def test_view_pass_is_the_stock_model_with_the_twins_in_place_and_a_full_mask():
     torch.testing.assert_close(model.logits(hidden), truth, atol=2e-6, rtol=1e-5)
 
 
-def test_twins_have_their_modules_shape_bias_and_dtype():
-    for bias in (True, False):
-        attention = (
-            Qwen3ForCausalLM(Qwen3Config(**FIELDS | {"attention_bias": bias})).bfloat16().model.layers[0].self_attn
-        )
-        add_twins(attention)
-        for name in TWINS:
-            own, twin = getattr(attention, name), getattr(attention, f"{name}_diff")
+BIASED = {"qwen3-bias": "qkvo", "qwen2": "qkv", "qwen2-yarn": "qkv", "llama-bias": "qkvo"}
+"""Which projections of a variant have a bias."""
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_twins_have_their_modules_shape_bias_and_dtype(variant: str):
+    attention = stock(random_model(variant=variant), variant).bfloat16().model.layers[0].self_attn
+    add_twins(attention)
+    for name in TWINS:
+        own, twin = getattr(attention, name, None), getattr(attention, f"{name}_diff", None)
+        assert (own is not None) == (twin is not None) == ("proj" in name or variant.startswith("qwen3"))
+        if own is not None and twin is not None:
             assert {n: p.shape for n, p in own.named_parameters()} == {n: p.shape for n, p in twin.named_parameters()}
-            assert (getattr(twin, "bias", None) is not None) == (bias and "proj" in name)
+            assert "norm" in name or twin.weight.dtype == torch.bfloat16
+            has_bias = "proj" in name and name[0] in BIASED.get(variant, "")
+            assert (getattr(twin, "bias", None) is not None) == has_bias
 
 
 def test_copied_twins_equal_their_modules_and_share_nothing():
-    attention = random_model(bias=True).model.layers[0].self_attn
+    attention = random_model(variant="qwen3-bias").model.layers[0].self_attn
     copy_twins(attention)
     for name in TWINS:
         for own, twin in zip(
@@ -91,7 +96,7 @@ def test_copied_twins_equal_their_modules_and_share_nothing():
 
 
 def test_view_parameters_are_all_twins_and_nothing_else():
-    model = random_model(bias=True)
+    model = random_model(variant="qwen3-bias")
     names = set(model.view_parameters())
     per_layer = {f"{name}_diff.weight" for name in TWINS} | {f"{n}_diff.bias" for n in TWINS if n.endswith("proj")}
     assert names == {f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in per_layer}

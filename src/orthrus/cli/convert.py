@@ -10,7 +10,9 @@ from orthrus.cli import options
 
 
 def convert(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="A Qwen3 checkpoint: a Hub id or a folder.")],
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="A Qwen3, Qwen2, Llama or Mistral checkpoint: a Hub id or a folder.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     block_size: Annotated[int, typer.Option(metavar="K", help="Positions to draft together, anchor included.")] = 32,
     mask_token_id: Annotated[

@@ -112,6 +112,8 @@ class PortableBackend:
         self._mask_token: int | None = config.mask_token_id
         self._prefill_chunk = prefill_chunk
         self._packed: PackedModel | None = None
+        # Behind the context `dynamic` angles depend on a pass's last position: a block's are not plain decoding's.
+        self._is_bounded: bool = config.rope_parameters.get("rope_type") == "dynamic"
         self._mix = attention_kind(config._attn_implementation)
         self.cache = Cache(
             config.num_hidden_layers, config.num_key_value_heads, config.head_dim, dtype=self.dtype, device=self.device
@@ -125,6 +127,11 @@ class PortableBackend:
         watch = Stopwatch(self.device)
         watch.mark()
         check_untouched(self.model)
+        if self._is_bounded and row.max_tokens > self.max_positions:
+            raise ValueError(
+                f"prompt and max_new_tokens are {row.max_tokens} tokens, the model's context is {self.max_positions}: "
+                "with rope_type 'dynamic' nothing can be decoded beyond it; ask for fewer"
+            )
         self._packed = pack(self.model)
         if row.index not in self.cache:
             self.cache.add(row.index)
@@ -233,6 +240,8 @@ class PortableBackend:
         positions_BT = reach.lengths_B[:, None] + torch.arange(reach.num_positions, device=self.device)
         write = self._writer(reach, positions_BT)
         attend = self._mix(write, reach, self.model)
+        if self._is_bounded:  # an exact pass's padding may lie behind the context
+            positions_BT = positions_BT.clamp(max=self.max_positions - 1)
         if self._packed is not None:
             return self._packed.run(ids_BT, positions_BT, attend, view)
         return run_layers(self.model.model, ids_BT, positions_BT, attend, view)

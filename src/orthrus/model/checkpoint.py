@@ -25,7 +25,7 @@ from transformers.utils import is_accelerate_available
 
 from orthrus.config import OrthrusConfig
 from orthrus.model.attention import TWINS
-from orthrus.model.bases import check_base
+from orthrus.model.bases import FAMILIES, check_base
 from orthrus.model.hub import DOWNLOAD_OPTIONS, commit_of, find_folder
 from orthrus.model.modeling import OrthrusLM, is_view_tensor
 from orthrus.model.tensors import (
@@ -173,7 +173,9 @@ def build_config(
 
     Raises `ValueError` for a base that cannot carry a view or without `block_size` and `mask_token_id`.
     """
-    check_base(fields, where=where)
+    family = check_base(fields, where=where)
+    if not issubclass(config_class, family.config):  # a class of another family, whose defaults are not this base's
+        config_class = family.config
     fields = {name: value for name, value in fields.items() if name not in DEAD_FIELDS}
     fields["use_cache"] = True  # Released checkpoints say false, which would only make plain generation quadratic.
     overrides = {name: value for name, value in overrides.items() if value is not None}
@@ -215,11 +217,17 @@ def parse_dtype(
     return found
 
 
-def given_fields(config: PreTrainedConfig, options: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a configuration object that the caller made; its attention implementation joins the options."""
+def given_fields(config: PreTrainedConfig, options: dict[str, Any], *, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration object that the caller made; its attention implementation joins the options.
+
+    `stored` is the checkpoint's own config.json, which must be of the same family.
+    """
+    given, own = config.model_type, stored.get("model_type")
+    if own in FAMILIES and FAMILIES.get(given) is not FAMILIES[own]:
+        raise ValueError(f"config is a {type(config).__name__} ({given}), but the checkpoint is of the family {own}")
     if (attention := getattr(config, "_attn_implementation", None)) is not None:
         options.setdefault("attn_implementation", attention)
-    return config.to_dict() | {"model_type": "qwen3"}
+    return config.to_dict()
 
 
 # --- what goes where ---------------------------------------------------------------------------------------------
@@ -335,7 +343,7 @@ class OrthrusCheckpointMixin:
         kwargs.pop("torch_dtype", None)
         checkpoint = read_checkpoint(pretrained_model_name_or_path, revision=revision, **hub)
         home, report = settle_form(checkpoint, base=base, start_view=start_view, **hub)
-        fields = given_fields(config, kwargs) if config is not None else home.config
+        fields = given_fields(config, kwargs, stored=home.config) if config is not None else home.config
         if checkpoint.form == "view":
             fields = fields | {name: checkpoint.config.get(name) for name in ("block_size", "mask_token_id")}
         model_class: Any = cls  # with transformers' PreTrainedModel behind this mixin

@@ -19,9 +19,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from orthrus.model.attention import Attend, View, twin
+from orthrus.model.bases import ROWS
 
 MAX_BYTES = 512 * 2**20
 """Weights of more bytes than this are not copied."""
@@ -29,6 +29,8 @@ OPERATORS = (
     "_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported", "_linear_pointwise", "_reorder_linear_weight",
 )  # fmt: skip
 """What torch calls these products by: private names, so their absence is expected."""
+MLPS = tuple(row.mlp for row in ROWS)
+"""The MLPs that `SharedPart.mlp` computes; others run as they are."""
 
 
 # --- whether and when --------------------------------------------------------------------------------------------
@@ -41,7 +43,7 @@ def can_pack(model: nn.Module) -> bool:
     """
     if model.device.type != "cpu" or not has_packed_products(model.dtype):
         return False
-    if not all(type(layer.mlp) is Qwen3MLP and is_untouched(layer.mlp) for layer in model.model.layers):
+    if not all(type(layer.mlp) in MLPS and is_untouched(layer.mlp) for layer in model.model.layers):
         return False
     return all(is_plain(linear, model.dtype) for linear in linears(model))
 
