@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 
 from orthrus.config import OrthrusConfig
@@ -63,3 +64,14 @@ def test_a_base_that_only_loops_unlearns_its_loop(tiny_config: OrthrusConfig, tm
     looping = train_unlikelihood(model, random, circles, stage, seed=0, log=log)["looping_share_of_greedy_rows"]
     assert looping[0] == 1.0 and len(looping) == 2
     assert loop_share() < 0.2
+
+
+def test_too_few_rollouts_for_a_round_are_refused_before_any_is_written(tiny_config: OrthrusConfig, tmp_path) -> None:  # noqa: ANN001
+    stage = UnlikelihoodStage(
+        num_rounds=1, steps_per_round=3, rows_per_step=4, own_rows_per_pass=2, corpus_rows_per_pass=2,
+        rollouts=RolloutStage(prompt_tokens=(4,), row_tokens=80, rows_per_batch=5, num_batches=1),
+    )  # fmt: skip
+    tokens = np.zeros(400, dtype=np.uint16)
+    log = Log(stage="test", path=tmp_path / "log.jsonl")
+    with pytest.raises(ValueError, match="take 6 rows of each rank, rows_per_batch x num_batches are 5"):
+        train_unlikelihood(OrthrusLM(tiny_config), tokens, tokens, stage, seed=0, log=log)

@@ -19,8 +19,8 @@ from orthrus.model.checkpoint import load_model, load_tokenizer
 from orthrus.model.packed import is_packed
 
 CPU_BLOCK_SIZE = 8
-"""Positions per cycle on a CPU unless told otherwise: there every row of a pass costs, and 8 wrote fastest of 4, 8, 16
-and 32 with the bundled model in bf16 (docs/benchmarks.md)."""
+"""Positions per cycle on a CPU unless told otherwise: there every row of a pass costs. With the bundled model in bf16,
+8 writes within 4 % of the fastest (4) and leaves room for models that accept more (docs/benchmarks.md)."""
 
 
 @dataclass(kw_only=True)

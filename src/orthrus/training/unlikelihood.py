@@ -61,6 +61,12 @@ def train_unlikelihood(
     loss_of = passes.compile(unlikelihood_loss)
     num_passes = share_of_rank(stage.rows_per_step, rows_per_pass=stage.own_rows_per_pass + stage.corpus_rows_per_pass)
     num_rows = num_passes * stage.own_rows_per_pass * stage.steps_per_round
+    num_written = stage.rollouts.rows_per_batch * stage.rollouts.num_batches
+    if num_written < num_rows or stage.rollouts.max_seconds is not None:
+        raise ValueError(
+            f"unlikelihood.rollouts: a round's steps take {num_rows} rows of each rank, "
+            f"rows_per_batch x num_batches are {num_written}; write at least as many, and set no max_seconds"
+        )
     row_tokens = stage.rollouts.row_tokens
     corpus = token_rows(
         tokens, row_tokens=row_tokens - 1, rows_per_pass=stage.corpus_rows_per_pass, seed=seed + rank(), device=device
@@ -73,7 +79,6 @@ def train_unlikelihood(
         looping.append(float((loop_start(ids_BT, first_B) < row_tokens)[~sampled_B].float().mean()))
         generator = torch.Generator().manual_seed(seed + 1000 * number + rank())
         order = torch.randperm(len(ids_BT), generator=generator)[:num_rows].to(device)
-        assert len(order) == num_rows, "fewer rollouts than a round's steps take"
         picks = iter(order.split(stage.own_rows_per_pass))
         for step in range(stage.steps_per_round):
             for _ in range(num_passes):
