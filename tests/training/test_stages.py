@@ -113,6 +113,14 @@ def test_rollouts_of_another_base_are_refused(run: Path) -> None:
         stages.run_view(recipe, corpus, out, device)
 
 
+def test_rollouts_written_again_replace_all_that_were_there(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "out", tmp_path / "out")
+    stale = tmp_path / "out" / "rollouts" / "07.safetensors"  # as a run of more ranks leaves it
+    shutil.copy(tmp_path / "out" / "rollouts" / "00.safetensors", stale)
+    stages.run_rollouts(load_recipe(run / "recipe.yaml"), run / "corpus", tmp_path / "out", torch.device("cpu"))
+    assert not stale.exists(), "the view would be trained on rows of an earlier run"
+
+
 def test_loops_are_unlearned_once(run: Path) -> None:
     recipe = load_recipe(run / "recipe.yaml")
     with pytest.raises(ValueError, match="has been through the unlikelihood stage"):
