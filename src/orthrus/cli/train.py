@@ -12,7 +12,7 @@ def train(
     config: Annotated[Path, typer.Option(help="the YAML recipe")] = ...,  # type: ignore[assignment]
     corpus: Annotated[Path, typer.Option(help="folder of the tokenised corpus")] = ...,  # type: ignore[assignment]
     out: Annotated[Path, typer.Option(help="folder of the run; later stages read what earlier ones wrote")] = ...,  # type: ignore[assignment]
-    stages: Annotated[str, typer.Option(help="which stages, in order")] = "base,unlikelihood,rollouts,view",
+    stages: Annotated[str, typer.Option(help="which stages, in order")] = "base,unlikelihood,sharpen,rollouts,view",
     device: Annotated[str | None, typer.Option(help="cuda where there is one, else cpu")] = None,
 ) -> None:
     """Train the bundled model's base and view from one recipe; under torchrun, on one GPU a process."""

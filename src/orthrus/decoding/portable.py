@@ -327,7 +327,7 @@ def attend_sdpa(write: Writer, reach: Reach, model: nn.Module) -> Attend:
         rows, _, num_positions, _ = q_BNTH.shape
         q = q_BNTH.reshape(rows, num_groups, num_shared * num_positions, head_dim)
         mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=attention.scaling)
-        mixed_BNTH = mixed.view(rows, num_groups * num_shared, num_positions, head_dim)
+        mixed_BNTH = mixed.reshape(rows, num_groups * num_shared, num_positions, head_dim)
         return mixed_BNTH.transpose(1, 2).reshape(rows, num_positions, -1)
 
     return attend

@@ -104,6 +104,9 @@ class Recipe:
     shape: Shape = field(default_factory=Shape)
     base: BaseStage = field(default_factory=BaseStage)
     unlikelihood: UnlikelihoodStage = field(default_factory=UnlikelihoodStage)
+    """At a temperature near 1: the base unlearns its loops."""
+    sharpen: UnlikelihoodStage = field(default_factory=UnlikelihoodStage)
+    """The same, then, at a low temperature: the base becomes surer of what it prefers."""
     rollouts: RolloutStage = field(default_factory=RolloutStage)
     view: ViewStage = field(default_factory=ViewStage)
 

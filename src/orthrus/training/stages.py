@@ -1,6 +1,7 @@
-"""The stages that make the bundled model from a recipe and a tokenised corpus: base, unlikelihood, rollouts, view.
+"""The stages that make the bundled model from a recipe and a tokenised corpus: base, unlikelihood, sharpen, rollouts,
+view.
 
-Each stage reads what the one before wrote into the run's folder, so they can run in one process or in three:
+Each stage reads what the one before wrote into the run's folder, so they can run in one process or in five:
 
     OUT/tokens/ NAME-DIGEST.npy uint16, the tokenised corpus
     OUT/base/   the AR view alone, with the tokenizer: a stock base; provenance.json
@@ -26,7 +27,7 @@ from orthrus.model.modeling import OrthrusLM
 from orthrus.model.tensors import fingerprint
 from orthrus.training.provenance import provenance, write_provenance
 from orthrus.training.ranks import num_ranks, once, rank
-from orthrus.training.recipe import Recipe
+from orthrus.training.recipe import Recipe, UnlikelihoodStage
 from orthrus.training.shards import end_of_text_id, load_shards, load_tokenizer
 from orthrus.training.trainer import Log, Saver, base_parameters, held_out_loss, new_base, train_base, train_view
 from orthrus.training.unlikelihood import train_unlikelihood
@@ -110,21 +111,39 @@ def mask_id(tokenizer_folder: Path) -> int:
 
 
 def run_unlikelihood(recipe: Recipe, corpus: Path, out: Path, device: torch.device) -> dict:
-    """Let OUT/base unlearn its loops, and write it again.
+    """Let OUT/base unlearn its loops, and write it again (`learn_from_itself`)."""
+    return learn_from_itself("unlikelihood", recipe.unlikelihood, recipe, corpus, out, device)
+
+
+def run_sharpen(recipe: Recipe, corpus: Path, out: Path, device: torch.device) -> dict:
+    """Make OUT/base surer of what it prefers, and write it again (`learn_from_itself`).
+
+    The same training at a sampling temperature well below 1. A view must meet its base's choice exactly, near-ties
+    included; a base that has fewer of them is easier to draft for (docs/experiments.md, 2026-11-25).
+    """
+    return learn_from_itself("sharpen", recipe.sharpen, recipe, corpus, out, device)
+
+
+def learn_from_itself(
+    name: str, stage: UnlikelihoodStage, recipe: Recipe, corpus: Path, out: Path, device: torch.device
+) -> dict:
+    """Train OUT/base on what it writes (`training/unlikelihood.py`), and write it again.
 
     Raises `ValueError` when it has been through this stage before: its provenance would no longer tell the truth.
     """
-    if recipe.unlikelihood.num_rounds == 0:
+    if stage.num_rounds == 0:
         return {}
     before = json.loads((out / "base" / "provenance.json").read_text())
-    if "unlikelihood" in before:
-        raise ValueError(f"{out / 'base'} has been through the unlikelihood stage: train the base again first")
+    if name in before:
+        raise ValueError(f"{out / 'base'} has been through the {name} stage: train the base again first")
     model = load_base(recipe, out, device)
-    tokens, prompts = load_tokens(corpus, "train", out), prompt_stream(recipe.unlikelihood.rollouts, corpus, out)
-    log = Log(stage="unlikelihood", path=out / "unlikelihood.jsonl")
-    looping = train_unlikelihood(model, tokens, prompts, recipe.unlikelihood, seed=recipe.seed, log=log)
+    tokens, prompts = load_tokens(corpus, "train", out), prompt_stream(stage.rollouts, corpus, out)
+    # Another seed for each stage, or the second would see the prompts of the first again.
+    seed = recipe.seed + 1_000_000 * list(STAGES).index(name)
+    log = Log(stage=name, path=out / f"{name}.jsonl")
+    looping = train_unlikelihood(model, tokens, prompts, stage, seed=seed, log=log)
     facts = {"loss_nats_per_token": corpus_losses(model, corpus, out), **looping}
-    after = before | {"unlikelihood": facts | {"recipe_digest": recipe.digest()}}
+    after = before | {name: facts | {"recipe_digest": recipe.digest()}}
     once(lambda: save_base(model, out / "base", corpus / "tokenizer", after))
     return facts
 
@@ -188,4 +207,10 @@ def run_view(recipe: Recipe, corpus: Path, out: Path, device: torch.device) -> d
     return facts
 
 
-STAGES = {"base": run_base, "unlikelihood": run_unlikelihood, "rollouts": run_rollouts, "view": run_view}
+STAGES = {
+    "base": run_base,
+    "unlikelihood": run_unlikelihood,
+    "sharpen": run_sharpen,
+    "rollouts": run_rollouts,
+    "view": run_view,
+}
