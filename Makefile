@@ -17,12 +17,12 @@ PYTEST_ARGS ?=
 # Two workers of one thread: the models under test are too small for more threads to help.
 PYTEST := env OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 TESTS := -m pytest -n 2 --ignore=tests/gpu $(PYTEST_ARGS)
-PROMPT := 'def read_config(path: str) -> dict[str, str]:\n    """Read a file of KEY=VALUE lines, skipping blank lines and comments."""'
+PROMPT := 'class Matrix:\n    """A dense matrix of floats."""\n\n    def __init__(self, rows, cols):\n        self.rows = rows\n        self.cols = cols\n\n    def __add__(self, other):'
 
 .PHONY: demo test lint format gpu-test bench test-oldest test-newest clean
 
 demo: $(VENV)/.installed
-	@printf $(PROMPT) | $(BIN)/orthrus generate - --compare --max-new-tokens 200
+	@printf $(PROMPT) | $(BIN)/orthrus generate - --compare --max-new-tokens 110
 
 test: $(VENV)/.installed
 	$(PYTEST) $(BIN)/python $(TESTS)

@@ -49,8 +49,8 @@ def test_drafting_changes_no_text_and_saves_passes(model: OrthrusForCausalLM) ->
     plain, _ = decode(model, drafting=False)
     drafted, stats = decode(model, drafting=True)
     assert drafted == plain, "drafting changed the text"
-    # 3.15 in fp32, 3.07 in bf16 when the model was bundled; the slack is for near-ties on other processors.
-    assert stats.tokens_per_cycle > 2.5, f"the view accepts less than it did: N {stats.tokens_per_cycle:.2f}"
+    # 3.15 in fp32, 3.23 in bf16 when the model was bundled; the slack is for near-ties on other processors.
+    assert stats.tokens_per_cycle > 2.7, f"the view accepts less than it did: N {stats.tokens_per_cycle:.2f}"
 
 
 def test_text_does_not_run_in_circles(model: OrthrusForCausalLM) -> None:

@@ -21,7 +21,7 @@ from orthrus.decoding.timing import Run
 from orthrus.evaluation import summary
 from orthrus.evaluation.measurement import ONE_ROW, Measurement, Mode, measure, modes
 from orthrus.evaluation.records import ResultRecord, command_line, here_and_now, read_records, results_name, to_json
-from orthrus.evaluation.repetition import LOOPING_SHARE, distinct_4gram_share, is_looping
+from orthrus.evaluation.repetition import LOOPING_SHARE, distinct_4gram_share, is_looping, is_varied
 from orthrus.evaluation.speed import Settings, bench
 from orthrus.evaluation.suites import prompts_from_jsonl
 from orthrus.evaluation.summary import Summary, compare_runs, records_of, summarise
@@ -204,15 +204,25 @@ def test_looping_is_less_than_half_distinct():
     assert share >= LOOPING_SHARE and not is_looping(just_half)
 
 
+def test_counting_up_is_not_varied():
+    assert not is_varied("".join(f"    axis{i} : int{i}\n" for i in range(20)))
+    assert is_varied("def area(self):\n    return self.width * self.height\n\ndef half(x):\n    return x / 2\n")
+
+
 def test_looping_outputs_are_counted_apart(found: Measurement):
     mode = next(mode for mode in found.runs if mode.drafting)
     runs = list(found.runs[mode])
     runs[0] = dataclasses.replace(runs[0], token_ids=[3, 4] * (NUM_NEW // 2))
-    one = Summary(mode=mode, runs=runs, ar_step_ms=1.0, against={})
+    texts = [
+        "a b a b",
+        "".join(f"y{i} = x{i}\n" for i in range(9)),
+        *[f"{a} of all others" for a in "cdefgh"][: len(runs) - 2],
+    ]
+    one = Summary(mode=mode, runs=runs, texts=texts, ar_step_ms=1.0, against={})
     assert one.looping == [True, *[False] * (len(runs) - 1)]
-    assert one.tokens_per_cycle(looping=True) == pytest.approx(runs[0].stats.tokens_per_cycle)
-    others = summary.merged(runs[1:])
-    assert one.tokens_per_cycle(looping=False) == pytest.approx(others.tokens_per_cycle)
+    assert one.tokens_per_cycle(one.looping) == pytest.approx(runs[0].stats.tokens_per_cycle)
+    assert one.varied == [False, False, *[True] * (len(runs) - 2)]
+    assert one.tokens_per_cycle(one.varied) == pytest.approx(summary.merged(runs[2:]).tokens_per_cycle)
     assert one.tokens_per_cycle() == pytest.approx(summary.merged(runs).tokens_per_cycle)
 
 

@@ -22,7 +22,7 @@ def test_drafting_changes_no_text_on_cuda(dtype: torch.dtype) -> None:
     plain, _ = decode(model, drafting=False)
     drafted, stats = decode(model, drafting=True)
     assert drafted == plain and len(plain) == len(PROMPTS)
-    assert stats.tokens_per_cycle > 2.5, f"the view accepts less on CUDA than on a CPU: N {stats.tokens_per_cycle:.2f}"
+    assert stats.tokens_per_cycle > 2.7, f"the view accepts less on CUDA than on a CPU: N {stats.tokens_per_cycle:.2f}"
 
 
 def test_flex_attention_trains_what_dense_attention_trains() -> None:

@@ -14,7 +14,7 @@ from orthrus.decoding.timing import Run
 from orthrus.evaluation.lossless import Divergence, find_divergence
 from orthrus.evaluation.measurement import ONE_ROW, Measurement, Mode
 from orthrus.evaluation.records import Origin, ResultRecord
-from orthrus.evaluation.repetition import distinct_4gram_share, is_looping
+from orthrus.evaluation.repetition import distinct_4gram_share, is_looping, is_varied
 from orthrus.evaluation.suites import Prompt
 
 
@@ -36,6 +36,8 @@ class Summary:
 
     mode: Mode
     runs: Sequence[Run]
+    texts: Sequence[str]
+    """What each run wrote."""
     ar_step_ms: float | None
     """Mean time of a step of this mode's baseline (of its own, when it is a baseline)."""
     against: dict[str, Against]
@@ -47,6 +49,11 @@ class Summary:
     def looping(self) -> list[bool]:
         """Whether each output runs in circles."""
         return [is_looping(run.token_ids) for run in self.runs]
+
+    @property
+    def varied(self) -> list[bool]:
+        """Whether each output neither runs in circles nor counts."""
+        return [not loops and is_varied(text) for loops, text in zip(self.looping, self.texts, strict=True)]
 
     @property
     def distinct_4gram_shares(self) -> list[float]:
@@ -86,9 +93,10 @@ class Summary:
         pairs = zip(self.stats.accepted_per_position, self.stats.drafted_per_position, strict=True)
         return [accepted / drafted for accepted, drafted in pairs if drafted]
 
-    def tokens_per_cycle(self, *, looping: bool | None = None) -> float | None:
-        """Token-weighted N of all outputs, or of those that loop or do not; None where nothing was drafted."""
-        chosen = [run for run, loops in zip(self.runs, self.looping, strict=True) if looping in (None, loops)]
+    def tokens_per_cycle(self, chosen_outputs: Sequence[bool] | None = None) -> float | None:
+        """Token-weighted N of all outputs, or of some; None where nothing was drafted."""
+        picks = [True] * len(self.runs) if chosen_outputs is None else chosen_outputs
+        chosen = [run for run, picked in zip(self.runs, picks, strict=True) if picked]
         stats = merged(chosen) if chosen else None
         return stats.tokens_per_cycle if stats and stats.num_cycles else None
 
@@ -157,7 +165,15 @@ def summarise_mode(found: Measurement, mode: Mode) -> Summary:
                 divergences[index] = divergence
     if mode != ONE_ROW:
         against["ar_one_row"] = compare_runs(runs, found.runs[ONE_ROW])
-    return Summary(mode=mode, runs=runs, ar_step_ms=step_ms(baseline), against=against, divergences=divergences)
+    return Summary(
+        mode=mode, runs=runs, texts=[text_of(found.tokenizer, run) for run in runs],
+        ar_step_ms=step_ms(baseline), against=against, divergences=divergences,
+    )  # fmt: skip
+
+
+def text_of(tokenizer: Any, run: Run) -> str:
+    """What a run wrote."""
+    return tokenizer.decode(run.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 Number = tuple[str, Any, str, dict[str, Any]]
@@ -191,6 +207,7 @@ def plain_numbers(summary: Summary) -> Iterator[Number]:
     yield "distinct_4gram_share", statistics.fmean(shares), "share", {}
     yield "distinct_4gram_share_per_output", shares, "share", {}
     yield "looping_outputs", sum(summary.looping), "texts", {}
+    yield "varied_outputs", sum(summary.varied), "texts", {}
 
 
 def against_numbers(summary: Summary) -> Iterator[Number]:
@@ -208,8 +225,11 @@ def drafting_numbers(summary: Summary) -> Iterator[Number]:
     for part in ("cycle_ms", "draft_ms", "verify_ms"):
         yield part, summary.per_cycle_ms(part), "ms", {}
     yield "rho", summary.rho, "ratio", {}
-    for outputs, looping in (("all", None), ("looping", True), ("not_looping", False)):
-        yield "tokens_per_cycle", summary.tokens_per_cycle(looping=looping), "tokens", {"outputs": outputs}
+    looping = summary.looping
+    straight = [not loops for loops in looping]
+    kinds = (("all", None), ("looping", looping), ("not_looping", straight), ("varied", summary.varied))
+    for outputs, chosen in kinds:
+        yield "tokens_per_cycle", summary.tokens_per_cycle(chosen), "tokens", {"outputs": outputs}
     yield "tokens_per_cycle_mean", summary.tokens_per_cycle_mean, "tokens", {}
     yield "tokens_per_cycle_per_output", summary.tokens_per_cycle_each, "tokens", {}
     yield "tokens_per_forward", stats.tokens_per_forward, "tokens", {}

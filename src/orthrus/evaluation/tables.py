@@ -12,15 +12,15 @@ from orthrus.evaluation.summary import Summary, name_of
 
 COLUMNS = (
     "decoding", "tokens/s", "speed-up", "(total)", "vs one-row", "step ms", "N", "N per text", "TPF", "N looping",
-    "N others", "looping", "4-grams", "identical",
+    "N varied", "looping", "varied", "4-grams", "identical",
 )  # fmt: skip
 
 NOTES = f"""\
 speed-up: median over texts against plain decoding by the same computation; (total): all tokens / all time; vs one-row:
 median against plain decoding in one-row passes. step ms: a cycle, or a plain step. N: tokens per cycle, weighted by
 cycle; TPF: tokens per forward pass of either kind, prefill included. looping: texts of whose 4-grams less than
-{LOOPING_SHARE:.0%} are distinct; 4-grams: mean distinct share. identical: to the same computation's plain text (a plain
-row's: to the one-row text). Decoding only, prefill apart."""
+{LOOPING_SHARE:.0%} are distinct; varied: texts that neither loop nor count up; 4-grams: mean distinct share. identical:
+to the same computation's plain text (a plain row's: to the one-row text). Decoding only, prefill apart."""
 
 SHOWN_CHARS = 400
 """Of the worst prompt's output."""
@@ -51,9 +51,10 @@ def table_row(summary: Summary) -> list[str]:
         shown(summary.tokens_per_cycle()),
         shown(summary.tokens_per_cycle_mean),
         shown(summary.stats.tokens_per_forward),
-        shown(summary.tokens_per_cycle(looping=True)),
-        shown(summary.tokens_per_cycle(looping=False)),
+        shown(summary.tokens_per_cycle(summary.looping)),
+        shown(summary.tokens_per_cycle(summary.varied)),
         f"{sum(summary.looping)}/{len(summary.runs)}",
+        f"{sum(summary.varied)}/{len(summary.runs)}",
         shown(sum(summary.distinct_4gram_shares) / len(summary.runs)),
         f"{reference.num_identical}/{len(summary.runs)}" if reference else "-",
     ]
@@ -99,7 +100,7 @@ def print_details(summary: Summary, found: Measurement) -> None:
         print(f"  differs: {name_of(found.prompts[index])} {told(divergence)}")
     if (worst := summary.worst) is not None:
         prompt, run = found.prompts[worst], summary.runs[worst]
-        text = found.tokenizer.decode(run.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = summary.texts[worst]
         loops = "looping" if summary.looping[worst] else "not looping"
         print(f"  worst prompt: {name_of(prompt)}, N {run.stats.tokens_per_cycle:.2f}, {loops}")
         for line in [*prompt.text.split("\n")[-3:], "-->", *text[:SHOWN_CHARS].split("\n")]:
