@@ -26,6 +26,8 @@ KINDS = {".parquet": "parquet", ".jsonl": "json"}
 """File endings that are read, and `datasets`' word for each."""
 LAYOUTS = (("prompt_ids", "response_ids"), ("messages",), ("text",))
 """The columns of each layout; the first that a source has is taken."""
+MANIFEST = "manifest.json"
+"""In a folder that `orthrus datagen` writes; the .jsonl files beside it are no answers."""
 MAX_ROW_TOKENS = 2**15 - 1
 """Documents and replies of a row are numbered in 16 bits."""
 
@@ -119,11 +121,7 @@ def local_files(source: str) -> list[Path] | None:
     """The files that a source names, sorted; None where it can only be a data set on the Hub."""
     path = Path(source).expanduser()
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix in KINDS and file.is_file())
-        if len({file.suffix for file in found}) > 1:
-            raise ValueError(
-                f"data.source: {path} holds .parquet and .jsonl files: name one kind, {path}/*.parquet say"
-            )
+        found = folder_files(path)
     elif path.is_file():
         found = [path]
     else:
@@ -136,6 +134,18 @@ def local_files(source: str) -> list[Path] | None:
     if strange := [file for file in found if file.suffix not in KINDS]:
         raise ValueError(f"data.source: {strange[0]} is neither .parquet nor .jsonl")
     return found
+
+
+def folder_files(folder: Path) -> list[Path]:
+    """The files of a folder and the folders in it, sorted, without those whose name begins with a dot."""
+    found = sorted(folder.rglob("*"))
+    found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    tables, lines = ([file for file in found if file.suffix == suffix] for suffix in KINDS)
+    if tables and lines and not (folder / MANIFEST).is_file():
+        raise ValueError(
+            f"data.source: {folder} holds .parquet and .jsonl files: name one kind, as in {folder}/*.jsonl"
+        )
+    return tables or lines
 
 
 def file_part(path: Path) -> Part:
