@@ -1,7 +1,7 @@
 """Documents for training, read from what people have: the base's own answers, conversations, or plain text.
 
-A source is a set of local Parquet or JSONL files, or a data set on the Hub. What its columns are decides how a row of it
-becomes documents:
+A source is a set of local Parquet or JSONL files, or a data set on the Hub. Its columns decide how a row of it becomes
+documents:
 
     prompt_ids, response_ids   what `orthrus datagen` writes: the reply is the response, token for token
     messages                   a conversation, through the base's chat template: the replies are the assistant's turns
@@ -154,11 +154,10 @@ def file_part(path: Path) -> Part:
         raise ValueError(f"data.source: {path} is empty")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    name, dataset = (
-        str(path),
-        load(str(path), KINDS[path.suffix], data_files=[str(path)], split="train", streaming=True),
-    )
-    return part_of(name, digest, dataset)
+    # A name is a pattern to `datasets`, so what would be special in one is escaped.
+    files = [glob.escape(str(path))]
+    dataset = load(str(path), KINDS[path.suffix], data_files=files, split="train", streaming=True)
+    return part_of(str(path), digest, dataset)
 
 
 def hub_part(settings: DataSettings) -> Part:
