@@ -226,5 +226,7 @@ def test_a_data_set_on_the_hub_is_read_like_a_file(tmp_path: Path, monkeypatch: 
     """`datasets` itself cannot be asked here: a local data set of the same class stands in for what it downloads."""
     import datasets
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: datasets.Dataset.from_list(ANSWERS))
+    found = {"some/data": ANSWERS, "other/data": ANSWERS[:5]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *_, **options: datasets.Dataset.from_list(found[name]))
     assert len(documents(build("some/data", tmp_path))) == 8
+    assert len(documents(build("other/data", tmp_path))) == 5, "the cache takes one data set for another"

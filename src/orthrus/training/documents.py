@@ -164,8 +164,10 @@ def hub_part(settings: DataSettings) -> Part:
     """A data set on the Hub, downloaded into `datasets`' own cache."""
     name = f"{settings.source} (Hub)"
     dataset = load(name, settings.source, settings.config, revision=settings.revision, split=settings.split or "train")
-    # The cache's path names the data set's commit.
-    return part_of(name, " ".join(file["filename"] for file in dataset.cache_files), dataset)
+    # The files of `datasets`' cache lie under a name that has the data set's commit in it.
+    files = [file["filename"] for file in dataset.cache_files]
+    asked_for = [settings.source, settings.revision, settings.config, settings.split]
+    return part_of(name, json.dumps([asked_for, files]), dataset)
 
 
 def load(name: str, *arguments: Any, **options: Any) -> Any:
