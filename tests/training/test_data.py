@@ -15,7 +15,7 @@ from orthrus.config import OrthrusConfig
 from orthrus.model.modeling import OrthrusLM
 from orthrus.training import data
 from orthrus.training.data import PackedDataset, collate, packed_dataset
-from orthrus.training.documents import DataSettings
+from orthrus.training.documents import DataSettings, messages_of
 from orthrus.training.recipe import ViewStage
 from orthrus.training.rows import PADDING, Rows
 from orthrus.training.trainer import ViewTask
@@ -60,13 +60,18 @@ def test_answers_keep_their_tokens_and_reply_with_the_response(tmp_path: Path, n
 @pytest.mark.parametrize("form", ["parquet", "jsonl", "json in a column"])
 def test_conversations_reply_with_the_assistants_turns(tmp_path: Path, form: str) -> None:
     talks = [turns("a = 1", f"b = {n}") for n in range(3)]
-    talks[1][1]["reasoning_content"] = ""  # a key that other messages lack, which a table fills with null
     content = [json.dumps(talk) for talk in talks] if form == "json in a column" else talks
     path = write(tmp_path / f"in.{form if form == 'jsonl' else 'parquet'}", [{"messages": talk} for talk in content])
     rows = build(path, tmp_path / "cache", template=FORGETFUL)
     decode = tokenizer().decode
     replies = [decode([i for i, r in zip(ids, reply, strict=True) if r]) for ids, reply in documents(rows)]
     assert sorted(replies) == [f"b = {n}<|im_end|>" for n in range(3)]
+
+
+def test_what_a_message_does_not_have_is_not_there() -> None:
+    filled = [{"role": "user", "content": "a", "tool_calls": None}, {"role": "assistant", "content": ""}]
+    for content in (filled, json.dumps(filled)):
+        assert messages_of(content, "here") == [{"role": "user", "content": "a"}, filled[1]], "templates ask"
 
 
 def test_text_is_all_reply_and_so_is_everything_with_anchors_anywhere(tmp_path: Path) -> None:
