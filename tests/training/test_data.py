@@ -1,6 +1,7 @@
 """From files to rows: what every layout becomes, what is refused, and that a cache is never a surprise."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,9 @@ def test_a_folder_is_read_in_the_order_of_its_names_and_a_pattern_takes_some(tmp
     for number in (2, 0, 1):
         write(tmp_path / "in" / "deep" / f"part-{number}.jsonl", ANSWERS[number : number + 1])
     write(tmp_path / "in" / ".part-9.jsonl", ANSWERS[5:])  # somebody is still writing it
+    write(tmp_path / "in" / "part-3.jsonl" / "part-0.jsonl", ANSWERS[3:4])  # a folder named like a file
     rows = build(tmp_path / "in", tmp_path / "cache", row_tokens=8)
-    assert [int(rows[i]["ids"][3]) for i in range(len(rows))] == [10, 11, 12]
+    assert [int(rows[i]["ids"][3]) for i in range(len(rows))] == [10, 11, 12, 13]
     some = build(f"{tmp_path}/in/deep/part-[12].jsonl", tmp_path / "cache", row_tokens=8)
     assert [int(some[i]["ids"][3]) for i in range(len(some))] == [11, 12]
 
@@ -203,7 +205,10 @@ def test_bad_sources_are_named(tmp_path: Path, name: str, content: str, message:
             lambda t: build(write(t / "a.jsonl", ANSWERS), t, revision="main"),
             "data.revision is for a data set on the Hub",
         ),
-        (lambda t: build(write(t / "a.jsonl", [{"messages": turns("a", "b")}]), t), "no chat template"),
+        (
+            lambda t: build(write(t / "a.jsonl", [{"messages": turns("a", "b")}]), t),
+            "a.jsonl has conversations, and the base",
+        ),
         (
             lambda t: build(write(t / "a.jsonl", ANSWERS), t, row_tokens=4, long_documents="drop"),
             "8 dropped as too long",
@@ -213,6 +218,12 @@ def test_bad_sources_are_named(tmp_path: Path, name: str, content: str, message:
 def test_mistakes_are_named(tmp_path: Path, make: Callable[[Path], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(tmp_path)
+
+
+def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"pip install 'orthrus-llm\[train\]'"):
+        build(write(tmp_path / "a.jsonl", ANSWERS), tmp_path)
 
 
 def test_a_data_set_on_the_hub_that_cannot_be_had_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,14 +30,12 @@ def visible_mark(mark: re.Match) -> str:
 class ConversationEncoder:
     """Conversations as token ids and replies, by one tokenizer's chat template.
 
-    Raises `ValueError` for a tokenizer without a template, and for an option that its template never reads. Switching
-    off (`false`, `null`) what a template does not have is no mistake.
+    The tokenizer must have a template. Raises `ValueError` for an option that it never reads; switching off (`false`,
+    `null`) what a template does not have is no mistake.
     """
 
     def __init__(self, tokenizer: Any, options: dict[str, Any]):
         self.tokenizer, self.options = tokenizer, options
-        if not tokenizer.chat_template:
-            raise ValueError("data.source has conversations, and the base's tokenizer has no chat template")
         template = tokenizer.get_chat_template()
         unread = [name for name, value in options.items() if value not in (False, None) and name not in template]
         if unread:

@@ -139,6 +139,7 @@ def local_files(source: str) -> list[Path] | None:
 def folder_files(folder: Path) -> list[Path]:
     """The files of a folder and the folders in it, sorted, without those whose name begins with a dot."""
     found = sorted(folder.rglob("*"))
+    found = [file for file in found if file.is_file()]
     found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     tables, lines = ([file for file in found if file.suffix == suffix] for suffix in KINDS)
     if tables and lines and not (folder / MANIFEST).is_file():
@@ -253,6 +254,8 @@ def encoder_of(
         return lambda row, where: [ids_document(row, where, num_ids=len(tokenizer))]
     if part.columns == ("text",):
         return lambda row, where: [text_document(row, where, tokenizer)]
+    if not tokenizer.chat_template:
+        raise ValueError(f"data.source: {part.name} has conversations, and the base's tokenizer has no chat template")
     conversations = ConversationEncoder(tokenizer, settings.template_options)
 
     def encode(row: dict[str, Any], where: str) -> Iterator[Document]:
