@@ -17,6 +17,7 @@ import torch
 from orthrus.config import OrthrusConfig
 from orthrus.model.modeling import OrthrusLM
 from orthrus.training.recipe import ViewStage
+from orthrus.training.rows import one_reply_rows
 from orthrus.training.trainer import ViewTask, thaw
 
 SHAPES = {
@@ -77,13 +78,13 @@ def main() -> None:
     generator = torch.Generator(options.device).manual_seed(0)
     ids = torch.randint(shape["vocab"] - 8, (options.rows, options.row_tokens), device=options.device)
     first = torch.full((options.rows,), 1, device=options.device)
-    last = torch.full_like(first, options.row_tokens - options.block_size)
+    rows = one_reply_rows(ids, first, torch.full_like(first, options.row_tokens))
     built, seconds, compile_seconds = time.perf_counter() - started, [], 0.0
     for step in range(options.steps + 2):
         if cuda:
             torch.cuda.synchronize()
         begun = time.perf_counter()
-        loss, _ = task(ids, task.blocks.sample(first, last, options.row_tokens, generator))
+        loss, _ = task(rows, task.blocks.sample(rows.anchorable_BT, generator))
         loss.backward()
         if cuda:
             torch.cuda.synchronize()
