@@ -24,6 +24,7 @@ base: {row_tokens: 32, rows_per_step: 4, rows_per_pass: 2, num_steps: 8, warmup_
 unlikelihood: {num_rounds: 2, steps_per_round: 2, rows_per_step: 8, own_rows_per_pass: 2, corpus_rows_per_pass: 2,
   rollouts: {prompt_tokens: [8], row_tokens: 80, rows_per_batch: 8, num_batches: 1, sampled_share: 0.5}}
 sharpen: {num_rounds: 1, steps_per_round: 2, rows_per_step: 4, own_rows_per_pass: 3, corpus_rows_per_pass: 1,
+  digits_alike: true,
   rollouts: {prompt_tokens: [8], row_tokens: 80, rows_per_batch: 6, num_batches: 1, temperature: 0.3}}
 rollouts: {prompt_tokens: [4, 8], row_tokens: 80, rows_per_batch: 8, num_batches: 2, min_tokens: 0, sampled_share: 1.0}
 view: {rows_per_step: 4, rows_per_pass: 2, blocks: [[4, 2], [2, 2]], num_steps: 6, warmup_steps: 1}

@@ -11,7 +11,7 @@ from orthrus.model.modeling import OrthrusLM
 from orthrus.training.forward import Passes
 from orthrus.training.recipe import BaseStage, RolloutStage, UnlikelihoodStage
 from orthrus.training.trainer import Log, Saver, train_base
-from orthrus.training.unlikelihood import judge, train_unlikelihood, unlikelihood_loss
+from orthrus.training.unlikelihood import digit_kinds, judge, train_unlikelihood, unlikelihood_loss
 
 
 def test_sampled_text_before_a_loop_is_good_and_repeats_inside_it_are_bad() -> None:
@@ -26,6 +26,18 @@ def test_sampled_text_before_a_loop_is_good_and_repeats_inside_it_are_bad() -> N
     # The first turn is at 30 .. 34, so the first repeated run of four ends at 38.
     assert bad[0].tolist() == [t >= max(38, start + 4) for t in range(130)]
     assert torch.equal(bad[0], bad[1])
+
+
+def test_counting_up_is_a_loop_when_digits_are_alike() -> None:
+    texts = ["7", "y", " =", "x", "\n", *map(str, range(10)), "٣", "a1", ""]
+    kinds = digit_kinds(texts)
+    assert kinds.tolist() == [0, 1, 2, 3, 4, *[0] * 11, 16, 17]
+    lines = [[1, 5 + i % 10, 2, 3, 5 + i // 10 % 10, 5 + i % 7, 4] for i in range(40)]
+    ids = torch.tensor([sum(lines, [])])
+    start, sampled = torch.tensor([0]), torch.tensor([True])
+    assert not judge(ids, start, sampled)[1].any()
+    good, bad = judge(kinds[ids], start, sampled)
+    assert bad.float().mean() > 0.7 and not good[0, 60:].any()
 
 
 def test_loss_equals_the_formula() -> None:

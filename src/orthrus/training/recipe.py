@@ -77,6 +77,8 @@ class UnlikelihoodStage:
     learning_rate: float = 5e-4
     """At the start; it falls linearly to 0 over all rounds."""
     weight_decay: float = 0.0
+    digits_alike: bool = False
+    """Whether repeats are looked for with all digits taken for one: counting up is then a loop, too."""
     weight: float = 1.0
     """Of the unlikelihood term against the likelihood term."""
     rollouts: RolloutStage = field(default_factory=RolloutStage)

@@ -31,7 +31,7 @@ from orthrus.training.recipe import Recipe, UnlikelihoodStage
 from orthrus.training.rows import training_rows
 from orthrus.training.shards import end_of_text_id, load_shards, load_tokenizer
 from orthrus.training.trainer import Log, Saver, base_parameters, held_out_loss, new_base, train_base, train_view
-from orthrus.training.unlikelihood import train_unlikelihood
+from orthrus.training.unlikelihood import digit_kinds, train_unlikelihood
 
 
 def load_tokens(corpus: Path, name: str, out: Path) -> np.ndarray:
@@ -142,11 +142,18 @@ def learn_from_itself(
     # Another seed for each stage, or the second would see the prompts of the first again.
     seed = recipe.seed + 1_000_000 * list(STAGES).index(name)
     log = Log(stage=name, path=out / f"{name}.jsonl")
-    looping = train_unlikelihood(model, tokens, prompts, stage, seed=seed, log=log)
+    kinds_V = digit_kinds(token_texts(corpus / "tokenizer", model.config.vocab_size)) if stage.digits_alike else None
+    looping = train_unlikelihood(model, tokens, prompts, stage, kinds_V=kinds_V, seed=seed, log=log)
     facts = {"loss_nats_per_token": corpus_losses(model, corpus, out), **looping}
     after = before | {name: facts | {"recipe_digest": recipe.digest()}}
     once(lambda: save_base(model, out / "base", corpus / "tokenizer", after))
     return facts
+
+
+def token_texts(tokenizer_folder: Path, vocab_size: int) -> list[str]:
+    """The text of each token id; nothing for rows of the embedding that no token uses."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    return [tokenizer.decode([token]) for token in range(vocab_size)]
 
 
 def prompt_stream(stage: RolloutStage, corpus: Path, out: Path) -> np.ndarray:

@@ -8,6 +8,8 @@ temperature 1, its own text also makes it surer of what it prefers.
     B = rows, T = tokens of a row, V = vocabulary
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,6 +24,16 @@ from orthrus.training.trainer import Log, Optimisers, base_parameters, share_of_
 
 NGRAM = 4
 """A token repeats when the four tokens that end with it stood in the continuation before."""
+
+
+def digit_kinds(texts: Sequence[str]) -> Tensor:
+    """What each token counts as when repeats are looked for: all digits as one, other tokens as themselves. [V].
+
+    A base that unlearns its loops may count instead ("axis7 : int7", "axis8 : int8"), which is as empty.
+    """
+    digits_V = torch.tensor([text.strip().isdecimal() for text in texts])
+    tokens_V = torch.arange(len(texts))
+    return torch.where(digits_V, tokens_V[digits_V].min(), tokens_V) if digits_V.any() else tokens_V
 
 
 def judge(ids_BT: Tensor, first_B: Tensor, sampled_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,9 +62,19 @@ def unlikelihood_loss(logits_BTV: Tensor, ids_BT: Tensor, good_BT: Tensor, bad_B
 
 
 def train_unlikelihood(
-    model: OrthrusLM, tokens: np.ndarray, prompts: np.ndarray, stage: UnlikelihoodStage, *, seed: int, log: Log
+    model: OrthrusLM,
+    tokens: np.ndarray,
+    prompts: np.ndarray,
+    stage: UnlikelihoodStage,
+    *,
+    kinds_V: Tensor | None = None,
+    seed: int,
+    log: Log,
 ) -> dict[str, list[float]]:
-    """Rounds of writing and learning; the share of greedy rows that looped in each round, before its steps."""
+    """Rounds of writing and learning; the share of greedy rows that looped in each round, before its steps.
+
+    `kinds_V` says what each token counts as when repeats are looked for (`digit_kinds`); itself by default.
+    """
     device = next(model.parameters()).device
     optimisers = Optimisers(
         thaw(model, base_parameters(model)), learning_rate=stage.learning_rate, weight_decay=stage.weight_decay
@@ -75,8 +97,9 @@ def train_unlikelihood(
     for number in range(stage.num_rounds):
         batches = list(continue_batches(model, prompts, stage.rollouts, seed=seed + 1000 * number + rank()))
         ids_BT, first_B, sampled_B = (torch.cat(column) for column in zip(*batches, strict=True))
-        good_BT, bad_BT = judge(ids_BT, first_B, sampled_B)
-        looping.append(float((loop_start(ids_BT, first_B) < row_tokens)[~sampled_B].float().mean()))
+        kinds_BT = ids_BT if kinds_V is None else kinds_V.to(device)[ids_BT]
+        good_BT, bad_BT = judge(kinds_BT, first_B, sampled_B)
+        looping.append(float((loop_start(kinds_BT, first_B) < row_tokens)[~sampled_B].float().mean()))
         generator = torch.Generator().manual_seed(seed + 1000 * number + rank())
         order = torch.randperm(len(ids_BT), generator=generator)[:num_rows].to(device)
         picks = iter(order.split(stage.own_rows_per_pass))
