@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -100,8 +101,12 @@ def datagen(
     check_dtype(dtype)
     check_packages("datasets", "pyarrow", *(["httpx2"] if endpoint else []))
 
+    import datasets
+
     from orthrus.datagen.answers import AnswerSettings
     from orthrus.datagen.prompts import PromptSource, read_prompts
+
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs is raised too, and said in one line
 
     answers = AnswerSettings(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=1.0 if top_p is None else top_p,

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from orthrus.datagen.answers import Answer, Failure
 from orthrus.datagen.durable import remove_unfinished, write_whole
 from orthrus.datagen.journal import Journal
-from orthrus.datagen.manifest import NAME, check_manifest, write_manifest
+from orthrus.datagen.manifest import check_manifest, write_manifest
 from orthrus.datagen.prompts import Prompt
 from orthrus.datagen.shards import read_ids, shard_path, write_shard
 
@@ -116,9 +116,10 @@ class AnswerFolder:
     # What a run finds
 
     def _restore(self) -> None:
-        check_manifest(self.path, self._settings)
+        has_answers = bool(self._journal.read()) or any(self.path.glob("part-*.parquet"))
+        check_manifest(self.path, self._settings, has_answers=has_answers)
         remove_unfinished(self.path)
-        if not (self.path / NAME).exists():  # before anything else, so that a folder with answers always has one
+        if not has_answers:  # before any answer, so that a folder with answers always has one
             self._write_manifest()
         num_shards = -(-len(self.prompts) // self._shard_size)
         for shard in range(num_shards):
@@ -167,6 +168,7 @@ class AnswerFolder:
         write_shard(shard_path(self.path, shard), [(self.prompts[place], answers[place]) for place in answers])
         del self._open[shard]
         self._journal.replace(self._open_answers())
+        self._write_manifest()
 
     def _note_failure(self, failure: Failure) -> None:
         entry = dataclasses.asdict(failure) | {"date": datetime.now(UTC).isoformat(timespec="seconds")}

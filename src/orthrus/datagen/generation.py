@@ -43,8 +43,8 @@ class Summary:
         """The summary as one line."""
         rate = self.new_tokens / self.seconds if self.seconds else 0.0
         line = (
-            f"{self.answered} of {self.prompts} prompts answered, {self.failed} failed, {self.remaining} left; this run: "
-            f"{self.new} answers, {self.new_tokens} tokens, {rate:.1f} tokens/s"
+            f"{self.answered} of {self.prompts} prompts answered, {self.failed} failed, {self.remaining} left; "
+            f"this run: {self.new} answers, {self.new_tokens} tokens, {rate:.1f} tokens/s"
         )
         return f"{line}; stopped by {self.stopped}" if self.stopped else line
 

@@ -21,8 +21,11 @@ def write_manifest(folder: Path, *, settings: dict[str, Any], facts: dict[str, A
     write_whole(folder / NAME, lambda file: file.write(text.encode()))
 
 
-def check_manifest(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder that holds something else, or answers made with other settings, naming the first difference."""
+def check_manifest(folder: Path, settings: dict[str, Any], *, has_answers: bool) -> None:
+    """Refuse a folder that holds something else, or answers made with other settings, naming the first difference.
+
+    Settings that no answer was made with bind nobody: a misspelt model's name can simply be given again.
+    """
     path = folder / NAME
     if not path.exists():
         strange = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
@@ -36,6 +39,8 @@ def check_manifest(folder: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if document.get("format") != FORMAT:
         raise ValueError(f"{path} is of format {document.get('format')!r}, this version writes {FORMAT}")
+    if not has_answers:
+        return
     given = json.loads(json.dumps(settings))
     for name in [*settings, *(name for name in begun if name not in settings)]:
         if begun.get(name) != given.get(name):

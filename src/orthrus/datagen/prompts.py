@@ -100,34 +100,29 @@ class Unusable(Exception):
 
 def read_prompts(source: PromptSource) -> PromptSet:
     """All prompts of a source; `ValueError` where it cannot be read or holds none."""
+    files = local_files(source.source)
+    for name in ("revision", "config", "split"):
+        if files and getattr(source, name) is not None:
+            raise ValueError(f"{name} names a part of a Hub data set, but {source.source} is local")
+    commit = None if files else hub_commit(source)
+    rows = read_rows(source, files, commit)
+    found = gather(rows, system=source.system, max_prompts=source.max_prompts, where=source.source)
+    return replace(found, commit=commit)
+
+
+def read_rows(source: PromptSource, files: list[Path] | None, commit: str | None) -> Iterator[Mapping[str, Any]]:
+    """The rows of local files, or of a Hub data set at the commit that was found for it."""
     try:
-        files = local_files(source.source)
-        commit = None if files else hub_commit(source)
-        rows = open_files(source, files) if files else open_hub(source, commit)
-        found = gather(rows, system=source.system, max_prompts=source.max_prompts, where=source.source)
-        return replace(found, commit=commit)
-    except (ValueError, FileNotFoundError):
-        raise
+        if files:
+            # Streamed: the files are here already, and a copy of them in the library's cache would serve nobody.
+            names = [str(file) for file in files]
+            yield from datasets.load_dataset(KINDS[files[0].suffix], data_files=names, split="train", streaming=True)
+        else:
+            revision, split = commit or source.revision, source.split or "train"
+            yield from datasets.load_dataset(source.source, source.config, revision=revision, split=split)
     except Exception as error:  # whatever the library's readers raise, the file or the data set is what is wrong
         cause = error.__cause__ or error
         raise ValueError(f"{source.source}: prompts cannot be read: {type(cause).__name__}: {cause}") from error
-
-
-def open_files(source: PromptSource, files: list[Path]) -> Iterable[Mapping[str, Any]]:
-    """The rows of local files."""
-    for name in ("revision", "config", "split"):
-        if getattr(source, name) is not None:
-            raise ValueError(f"{name} names a part of a Hub data set, but {source.source} is local")
-    # Streamed: the files are here already, and a copy of them in the library's cache would serve nobody.
-    kind = KINDS[files[0].suffix]
-    return datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train", streaming=True)
-
-
-def open_hub(source: PromptSource, commit: str | None) -> Iterable[Mapping[str, Any]]:
-    """The rows of a Hub data set, at the commit that was found for it."""
-    return datasets.load_dataset(
-        source.source, source.config, revision=commit or source.revision, split=source.split or "train"
-    )
 
 
 def hub_commit(source: PromptSource) -> str | None:
@@ -173,9 +168,6 @@ def gather(rows: Iterable[Mapping[str, Any]], *, system: str | None, max_prompts
             prompt = Prompt.of(read_content(row.get(column), column, system))
         except Unusable as reason:
             dropped[str(reason)] += 1
-            continue
-        except UnicodeEncodeError:
-            dropped["not valid Unicode"] += 1
             continue
         num_duplicates += prompt.id in found
         found.setdefault(prompt.id, prompt)
