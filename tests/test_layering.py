@@ -19,7 +19,17 @@ RANK = {
 }  # fmt: skip
 FREE = "integrations"
 FORBIDDEN = {"utils", "util", "common", "helpers", "helper", "base", "misc"}
-HEAVY = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "datasets", "pyarrow", "httpx2"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "huggingface_hub",
+    "numpy",
+    "datasets",
+    "pyarrow",
+    "httpx2",
+}
 
 
 def part(module: str) -> str:

@@ -50,14 +50,14 @@ class Server:
             def do_POST(self) -> None:
                 outer.serve(self)
 
-            def log_message(self, *_: object) -> None:
+            def log_message(self, format: str, *_: Any) -> None:
                 pass
 
         class Quiet(ThreadingHTTPServer):
             daemon_threads = True
             request_queue_size = 256
 
-            def handle_error(self, *_: object) -> None:  # clients that were killed
+            def handle_error(self, request: Any, client_address: Any) -> None:  # clients that were killed
                 pass
 
         self._server = Quiet(("127.0.0.1", 0), Handler)

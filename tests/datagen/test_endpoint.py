@@ -26,7 +26,13 @@ def endpoint(
     answers: AnswerSettings | None = None, **settings: Any,
 ) -> Endpoint:  # fmt: skip
     url = server.url if isinstance(server, Server) else server
-    fast = {"route": "chat", "first_pause_s": 0.01, "timeout_s": 10.0, "concurrency": 8, "max_retries": 4}
+    fast: dict[str, Any] = {
+        "route": "chat",
+        "first_pause_s": 0.01,
+        "timeout_s": 10.0,
+        "concurrency": 8,
+        "max_retries": 4,
+    }
     return Endpoint(
         EndpointSettings(url=url, model="m", **fast | settings),
         answers or AnswerSettings(), encoder=encoder, api_key=api_key,
@@ -251,8 +257,9 @@ def test_prompt_that_the_template_refuses_is_recorded():
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], message: str):
+    fine: dict[str, Any] = {"url": "http://host", "model": "m", "route": "chat"}
     with pytest.raises(ValueError, match=message):
-        EndpointSettings(**{"url": "http://host", "model": "m", "route": "chat"} | settings)
+        EndpointSettings(**fine | settings)
 
 
 @pytest.mark.parametrize(

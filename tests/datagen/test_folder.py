@@ -171,7 +171,10 @@ def test_changed_settings_are_refused_by_name_once_there_is_an_answer(tmp_path: 
         pass
     with opened(tmp_path) as run:
         run.enter(answer(PROMPTS[0]))
-    with pytest.raises(ValueError, match="begun with temperature 0.0, this run has 0.7"), opened(tmp_path, temperature=0.7):
+    with (
+        pytest.raises(ValueError, match="begun with temperature 0.0, this run has 0.7"),
+        opened(tmp_path, temperature=0.7),
+    ):
         pass
     with pytest.raises(ValueError, match="begun with top_p null, this run has 1"), opened(tmp_path, top_p=1):
         pass

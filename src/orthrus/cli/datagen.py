@@ -93,6 +93,7 @@ def datagen(
     }  # fmt: skip
     for option, value in (own if endpoint else given).items():
         refuse(option, f"has no effect {'with' if endpoint else 'without'} --endpoint", when=value is not None)
+    refuse("--block-size", "has no effect with --no-diffusion", when=no_diffusion and block_size is not None)
     refuse("--endpoint", "needs --model NAME: what the server calls it", when=bool(endpoint) and not model)
     refuse("--revision", "with --endpoint is the --tokenizer's; name one",
            when=bool(endpoint and revision and not tokenizer))  # fmt: skip
@@ -260,7 +261,7 @@ def open_decoder(
     from orthrus.decoding.portable import PortableBackend
     from orthrus.model.checkpoint import load_model
 
-    unused_view = {} if has_view else {"start_view": True, "block_size": 2, "mask_token_id": 0}
+    unused_view: dict[str, Any] = {} if has_view else {"start_view": True, "block_size": 2, "mask_token_id": 0}
     loaded = load_model(where, device=pick_device(device), attn_implementation=attn, **options_, **unused_view)
     backend = PortableBackend(loaded, exact=exact)
     if block_size is None and backend.device.type == "cpu":

@@ -8,7 +8,7 @@ from typing import BinaryIO
 SUFFIX = ".unfinished"
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Replace a file by what `write` writes; a kill at any moment leaves the old one or the new one."""
     unfinished = path.with_name(f".{path.name}{SUFFIX}")
     with open(unfinished, "wb") as file:

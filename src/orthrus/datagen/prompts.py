@@ -113,16 +113,21 @@ def read_prompts(source: PromptSource) -> PromptSet:
 def read_rows(source: PromptSource, files: list[Path] | None, commit: str | None) -> Iterator[Mapping[str, Any]]:
     """The rows of local files, or of a Hub data set at the commit that was found for it."""
     try:
-        if files:
-            # Streamed: the files are here already, and a copy of them in the library's cache would serve nobody.
-            names = [str(file) for file in files]
-            yield from datasets.load_dataset(KINDS[files[0].suffix], data_files=names, split="train", streaming=True)
-        else:
-            revision, split = commit or source.revision, source.split or "train"
-            yield from datasets.load_dataset(source.source, source.config, revision=revision, split=split)
+        yield from open_dataset(source, files, commit)
     except Exception as error:  # whatever the library's readers raise, the file or the data set is what is wrong
         cause = error.__cause__ or error
         raise ValueError(f"{source.source}: prompts cannot be read: {type(cause).__name__}: {cause}") from error
+
+
+def open_dataset(source: PromptSource, files: list[Path] | None, commit: str | None) -> Any:
+    """What `datasets` makes of local files or of a Hub id."""
+    if files:
+        # Streamed: the files are here already, and a copy of them in the library's cache would serve nobody.
+        names = [str(file) for file in files]
+        return datasets.load_dataset(KINDS[files[0].suffix], data_files=names, split="train", streaming=True)
+    return datasets.load_dataset(
+        source.source, source.config, revision=commit or source.revision, split=source.split or "train"
+    )
 
 
 def hub_commit(source: PromptSource) -> str | None:
