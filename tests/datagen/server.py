@@ -115,6 +115,8 @@ class Server:
             document["choices"] = []
         elif fault == "no reason":
             choice["finish_reason"] = None
+        elif fault == "reasoning":
+            choice["message"]["reasoning_content"] = "Hm."
         elif fault == "no text":
             choice |= {"message": {"content": ""}, "text": "", "token_ids": None}
         payload = json.dumps(document).encode()

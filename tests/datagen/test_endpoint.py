@@ -123,10 +123,10 @@ def test_server_that_never_answers_one_prompt_loses_that_one_alone():
 
 
 def test_server_asks_to_wait_and_is_heard():
-    with Server(lambda text, number: "429 after=1" if number == 1 else None) as server:
+    with Server(lambda text, number: "429 after=0.4" if number == 1 else None) as server:
         started = time.monotonic()
         results = write(endpoint(server), PROMPTS[:2])
-    assert time.monotonic() - started >= 1 and all(isinstance(answer, Answer) for answer in results.values())
+    assert time.monotonic() - started >= 0.4 and all(isinstance(answer, Answer) for answer in results.values())
 
 
 def test_retry_after_is_a_number_or_a_date():
@@ -214,6 +214,14 @@ def test_ids_come_from_the_text_where_the_server_gives_none():
 def test_ids_from_nowhere_are_refused():
     with Server(returns_ids=False) as server, pytest.raises(ValueError, match="returns no token ids of the answer"):
         write(endpoint(server))
+
+
+def test_reasoning_set_apart_is_refused_where_ids_are_read_from_the_text():
+    with Server(lambda text, number: "reasoning", returns_ids=False) as server:
+        with pytest.raises(ValueError, match="without a reasoning parser"):
+            write(endpoint(server, encoder=encoder()))
+    with Server(lambda text, number: "reasoning") as server:
+        assert all(isinstance(answer, Answer) for answer in write(endpoint(server)).values())
 
 
 class ByteEncoder(Encoder):

@@ -53,7 +53,7 @@ def test_answers_are_those_of_plain_decoding_at_any_batch_size(
 ):
     model, tokenizer = bundled
     sampled = ("--temperature", temperature, "--seed", 5) if temperature else ()
-    runs = [datagen(texts, tmp_path / f"{n}", "--max-new-tokens", 24, "--batch-size", n, *sampled) for n in (1, 3)]
+    runs = [datagen(texts, tmp_path / f"{n}", "--max-new-tokens", 16, "--batch-size", n, *sampled) for n in (1, 3)]
     assert runs[0] == runs[1], "an answer depends on the batch it was written in"
     settings = AnswerSettings(temperature=temperature, seed=5)
     decoder = Decoder(PortableBackend(model), block_size=8)
@@ -61,7 +61,7 @@ def test_answers_are_those_of_plain_decoding_at_any_batch_size(
         ids = tokenizer(row["prompt_text"])["input_ids"]
         request = Request(
             prompt_ids=ids, drafting=False,
-            stopping=Stopping(max_new_tokens=24, eos_token_ids=eos_token_ids(model, tokenizer)),
+            stopping=Stopping(max_new_tokens=16, eos_token_ids=eos_token_ids(model, tokenizer)),
             sampling=Sampling(temperature=temperature, seed=settings.seed_of(row["id"])),
         )  # fmt: skip
         expected = [token for record in decoder.stream(request) for token in record.token_ids]

@@ -123,7 +123,9 @@ class Endpoint:
 
     async def _write(self, prompts: Iterator[Prompt], enter: Enter, is_stopping: Callable[[], bool]) -> None:
         halt = asyncio.Event()
-        limits = httpx2.Limits(max_connections=self._settings.concurrency)
+        limits = httpx2.Limits(
+            max_connections=self._settings.concurrency, max_keepalive_connections=self._settings.concurrency
+        )
         headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
         async with httpx2.AsyncClient(limits=limits, timeout=self._settings.timeout_s, headers=headers) as client:
             ticker = asyncio.create_task(watch(is_stopping, halt))
@@ -253,6 +255,11 @@ class Endpoint:
         response_ids = token_ids(choice.get("token_ids"))
         if not text and not response_ids:
             raise Trouble("the answer is empty")
+        if not response_ids and splits_reasoning(choice):
+            raise ValueError(
+                f"{self._settings.address} sets the reasoning apart from the answer and returns no token ids: the "
+                "tokens between them cannot be known; run the server without a reasoning parser"
+            )
         ids_from: Literal["server", "text"] = "server" if response_ids else "text"
         if not response_ids:
             response_ids = self._need_encoder("the answer").encode_answer(text, finish_reason)
@@ -299,6 +306,12 @@ def first_choice(document: dict[str, Any], route: Route) -> tuple[dict[str, Any]
     if text is not None and not isinstance(text, str):
         raise Trouble("the answer's text is no text")
     return choice, text or ""
+
+
+def splits_reasoning(choice: dict[str, Any]) -> bool:
+    """Whether a part of what the model wrote stands beside the answer's text."""
+    message = choice.get("message")
+    return isinstance(message, dict) and bool(message.get("reasoning_content") or message.get("reasoning"))
 
 
 def token_ids(value: Any) -> list[int] | None:

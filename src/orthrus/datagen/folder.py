@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from orthrus.datagen.answers import Answer, Failure
 from orthrus.datagen.durable import remove_unfinished, write_whole
-from orthrus.datagen.journal import Journal
+from orthrus.datagen.journal import Journal, from_line, to_line
 from orthrus.datagen.manifest import check_manifest, write_manifest
 from orthrus.datagen.prompts import Prompt
 from orthrus.datagen.shards import read_ids, shard_path, write_shard
@@ -50,8 +50,8 @@ class AnswerFolder:
         self._places = {prompt.id: place for place, prompt in enumerate(prompts)}
         self._answered = bytearray(len(prompts))
         self._failed: dict[str, dict[str, Any]] = {}
-        self._open: dict[int, dict[int, Answer]] = {}
-        """Answers in no shard yet, by shard and place."""
+        self._open: dict[int, dict[int, bytes]] = {}
+        """Answers in no shard yet, by shard and place, as the journal's lines: objects take several times as much."""
         self._num_unsettled: list[int] = []
         """Prompts of each shard that are neither answered nor given up by this run."""
 
@@ -104,8 +104,9 @@ class AnswerFolder:
         shard = place // self._shard_size
         assert not self._answered[place], f"prompt {result.id} is answered already"
         if isinstance(result, Answer):
-            self._journal.append(result)
-            self._keep(place, result)
+            line = to_line(result)
+            self._journal.append(line)
+            self._keep(place, line)
             self._failed.pop(result.id, None)
         else:
             self._note_failure(result)
@@ -116,7 +117,8 @@ class AnswerFolder:
     # What a run finds
 
     def _restore(self) -> None:
-        has_answers = bool(self._journal.read()) or any(self.path.glob("part-*.parquet"))
+        journal = self._journal.read()
+        has_answers = bool(journal) or any(self.path.glob("part-*.parquet"))
         check_manifest(self.path, self._settings, has_answers=has_answers)
         remove_unfinished(self.path)
         if not has_answers:  # before any answer, so that a folder with answers always has one
@@ -125,11 +127,11 @@ class AnswerFolder:
         for shard in range(num_shards):
             if (path := shard_path(self.path, shard)).exists():
                 self._count_shard(path, shard)
-        for answer in self._journal.read():
-            place = self._places.get(answer.id)
+        for id_, line in journal.items():
+            place = self._places.get(id_)
             if place is not None and not self._answered[place]:
-                self._keep(place, answer)
-        self._journal.replace(self._open_answers())
+                self._keep(place, line)
+        self._journal.replace(self._open_lines())
         self._failed = self._read_failed()
         size = self._shard_size
         self._num_unsettled = [self._answered.count(0, shard * size, (shard + 1) * size) for shard in range(num_shards)]
@@ -155,19 +157,19 @@ class AnswerFolder:
 
     # What a run leaves
 
-    def _keep(self, place: int, answer: Answer) -> None:
+    def _keep(self, place: int, line: bytes) -> None:
         self._answered[place] = 1
-        self._open.setdefault(place // self._shard_size, {})[place] = answer
+        self._open.setdefault(place // self._shard_size, {})[place] = line
 
-    def _open_answers(self) -> Iterator[Answer]:
-        for answers in self._open.values():
-            yield from answers.values()
+    def _open_lines(self) -> Iterator[bytes]:
+        for lines in self._open.values():
+            yield from lines.values()
 
     def _seal(self, shard: int) -> None:
-        answers = self._open[shard]
-        write_shard(shard_path(self.path, shard), [(self.prompts[place], answers[place]) for place in answers])
+        answers = [(self.prompts[place], from_line(line)) for place, line in self._open[shard].items()]
+        write_shard(shard_path(self.path, shard), answers)
         del self._open[shard]
-        self._journal.replace(self._open_answers())
+        self._journal.replace(self._open_lines())
         self._write_manifest()
 
     def _note_failure(self, failure: Failure) -> None:

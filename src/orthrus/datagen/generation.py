@@ -95,15 +95,15 @@ def generate_answers(folder: AnswerFolder, start: Callable[[], Writer], *, is_te
                 writer.write(until_stop(folder.pending(), stop), enter, stop.is_asked)
         finally:
             seconds = progress.close()
-    num_open = len(folder.prompts) - folder.num_answered - progress.num_failed
+    num_unanswered = len(folder.prompts) - folder.num_answered
     return Summary(
         prompts=len(folder.prompts),
         answered=folder.num_answered,
         new=progress.num_new,
         new_tokens=progress.num_tokens,
         failed=folder.num_failed,
-        remaining=num_open,
-        stopped=stop.reason if num_open else None,
+        remaining=num_unanswered - folder.num_failed,
+        stopped=stop.reason if num_unanswered > progress.num_failed else None,
         seconds=seconds,
         writer={} if writer is None else writer.facts(),
     )

@@ -28,29 +28,29 @@ class Journal:
         self._num_unsynced = 0
         self._synced = time.monotonic()
 
-    def read(self) -> list[Answer]:
-        """The answers that stand in it whole, in the order they came."""
-        if not self.path.exists():
-            return []
-        answers = (read_line(line) for line in self.path.read_bytes().splitlines())
-        return [answer for answer in answers if answer is not None]
+    def read(self) -> dict[str, bytes]:
+        """The lines that stand in it whole, by prompt id, in the order they came."""
+        found: dict[str, bytes] = {}
+        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []:
+            if (answer := read_line(line)) is not None and line.endswith(b"\n"):
+                found[answer.id] = line
+        return found
 
-    def append(self, answer: Answer) -> None:
-        """Add an answer."""
+    def append(self, line: bytes) -> None:
+        """Add an answer's line."""
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        line = to_line(answer)
         if os.write(self._descriptor, line) != len(line):
             raise OSError(f"{self.path}: an answer could not be written whole; is the disk full?")
         self._num_unsynced += 1
         if self._num_unsynced >= SYNC_LINES or time.monotonic() - self._synced >= SYNC_SECONDS:
             self._sync()
 
-    def replace(self, answers: Iterable[Answer]) -> None:
-        """Keep these answers alone; without any the file is removed."""
+    def replace(self, lines: Iterable[bytes]) -> None:
+        """Keep these lines alone; without any the file is removed."""
         self.close()
-        if lines := [to_line(answer) for answer in answers]:
-            write_whole(self.path, lambda file: file.writelines(lines))
+        if kept := list(lines):
+            write_whole(self.path, lambda file: file.writelines(kept))
         else:
             self.path.unlink(missing_ok=True)
 
@@ -72,9 +72,14 @@ def to_line(answer: Answer) -> bytes:
     return json.dumps(dataclasses.asdict(answer), separators=(",", ":")).encode() + b"\n"
 
 
+def from_line(line: bytes) -> Answer:
+    """The answer of a line."""
+    return Answer(**json.loads(line))
+
+
 def read_line(line: bytes) -> Answer | None:
     """The answer of a line, None for a line that was not written whole."""
     try:
-        return Answer(**json.loads(line))
+        return from_line(line)
     except (ValueError, TypeError):
         return None
