@@ -76,7 +76,11 @@ class Server:
         """Answer one request, or fail as told."""
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         is_chat = handler.path.endswith("/chat/completions")
-        prompt = body["messages"][-1]["content"] if is_chat else bytes(i for i in body["prompt"] if i < 256).decode()
+        prompt = (
+            body["messages"][-1]["content"]
+            if is_chat
+            else bytes(i for i in body["prompt"] if i < 256).decode(errors="replace")
+        )
         with self.lock:
             self.asked[prompt] += 1
             number = self.asked[prompt]
@@ -117,6 +121,8 @@ class Server:
             choice["finish_reason"] = None
         elif fault == "reasoning":
             choice["message"]["reasoning_content"] = "Hm."
+        elif fault == "half a character":
+            choice["message"]["content"] = "broken \ud83d and whole \U0001f600"
         elif fault == "no text":
             choice |= {"message": {"content": ""}, "text": "", "token_ids": None}
         payload = json.dumps(document).encode()

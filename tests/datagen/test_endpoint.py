@@ -224,6 +224,12 @@ def test_reasoning_set_apart_is_refused_where_ids_are_read_from_the_text():
         assert all(isinstance(answer, Answer) for answer in write(endpoint(server)).values())
 
 
+def test_half_a_character_does_not_reach_the_files():
+    with Server(lambda text, number: "half a character") as server:
+        (answer,) = write(endpoint(server), PROMPTS[:1]).values()
+    assert isinstance(answer, Answer) and answer.response == "broken \ufffd and whole \U0001f600"
+
+
 class ByteEncoder(Encoder):
     """Ids that the test server reads back."""
 

@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -122,3 +123,26 @@ def test_sources_that_cannot_be_read_are_refused_by_name(tmp_path: Path):
     assert "holds .parquet and .jsonl files" in refusal(tmp_path)
     with pytest.raises(ValueError, match="max_prompts must be at least 1"):
         read(tmp_path / "a.jsonl", max_prompts=0)
+
+
+def test_hub_data_set_is_read_at_the_commit_its_revision_stands_for(monkeypatch: pytest.MonkeyPatch):
+    asked: list[Any] = []
+
+    def load(*arguments: Any, **named: Any) -> list[dict[str, Any]]:
+        asked.append((arguments, named))
+        return [{"messages": TALK}]
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, id_, revision: SimpleNamespace(sha="abc"))
+    found = read("some/prompts", revision="v2", config="math")
+    assert asked == [(("some/prompts", "math"), {"revision": "abc", "split": "train"})]
+    assert found.commit == "abc" and found.prompts == [Prompt.of(TALK[:-1])]
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
+    assert read("some/prompts", revision="v2", split="chat").commit is None
+    assert asked[-1] == (("some/prompts", None), {"revision": "v2", "split": "chat"})
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    assert "some/prompts: prompts cannot be read: ConnectionError: no network" in refusal("some/prompts")

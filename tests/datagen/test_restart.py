@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.cli.commands import OFFLINE, PROGRAM, last_json, refused, run
+from tests.cli.tiny import TEMPLATE, byte_tokenizer
 from tests.datagen.server import Server, answer_to
 
 NUM_PROMPTS = 90
@@ -216,6 +217,24 @@ def test_key_is_sent_and_written_nowhere(prompts: Path, tmp_path: Path, monkeypa
         refused_run(*command(prompts, tmp_path, server))
         assert server.headers[0]["Authorization"] == "Bearer sk-very-secret"
     assert not [file for file in tmp_path.iterdir() if b"sk-very-secret" in file.read_bytes()]
+
+
+def test_tokenizer_makes_the_ids_of_prompts_and_of_answers_without_any(prompts: Path, tmp_path: Path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    given = ("--tokenizer", tmp_path / "tokenizer", "--max-prompts", 5)
+    for out, api, returns_ids in (("completions", (), True), ("chat", ("--api", "chat"), False)):
+        with Server(returns_ids=returns_ids) as server:
+            run(*command(prompts, tmp_path / out, server, *given, *api))
+        assert all(("messages" in body) == (out == "chat") for body in server.bodies)
+        for row in pq.read_table(tmp_path / out / "part-00000.parquet").to_pylist():
+            asked = row["messages"][-1]["content"]
+            assert (
+                tokenizer.decode(row["prompt_ids"]) == f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
+            )
+            assert row["ids_from"] == ("text" if out == "chat" else "server")
+        assert json.loads((tmp_path / out / "manifest.json").read_text())["settings"]["written_by"] == out
 
 
 @pytest.fixture(autouse=True)

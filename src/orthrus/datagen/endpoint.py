@@ -305,7 +305,8 @@ def first_choice(document: dict[str, Any], route: Route) -> tuple[dict[str, Any]
         text = message.get("content") if isinstance(message, dict) else None
     if text is not None and not isinstance(text, str):
         raise Trouble("the answer's text is no text")
-    return choice, text or ""
+    # JSON can carry half a character, which no file of text can: it becomes the sign for a broken one.
+    return choice, (text or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def splits_reasoning(choice: dict[str, Any]) -> bool:
