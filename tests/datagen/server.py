@@ -91,17 +91,18 @@ class Server:
         try:
             # Requests overtake each other, each time in another way.
             time.sleep(self.delay_s * (hash((prompt, number)) % 7) / 3)
-            self._reply(handler, body, prompt, self.faults(prompt, number), is_chat=is_chat)
-        finally:
+            fault = self.faults(prompt, number)
+            if fault == "hang":
+                self.released.wait()
+                return
+        finally:  # before the reply: the client's next request may come at once
             with self.lock:
                 self.in_flight -= 1
+        self._reply(handler, body, prompt, fault, is_chat=is_chat)
 
     def _reply(
         self, handler: BaseHTTPRequestHandler, body: dict[str, Any], prompt: str, fault: str | None, *, is_chat: bool
     ) -> None:
-        if fault == "hang":
-            self.released.wait()
-            return
         if fault == "reset":
             handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             handler.connection.close()
