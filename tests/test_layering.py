@@ -19,7 +19,17 @@ RANK = {
 }  # fmt: skip
 FREE = "integrations"
 FORBIDDEN = {"utils", "util", "common", "helpers", "helper", "base", "misc"}
-HEAVY = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "huggingface_hub",
+    "numpy",
+    "datasets",
+    "pyarrow",
+    "httpx2",
+}
 
 
 def part(module: str) -> str:
@@ -86,7 +96,9 @@ def test_file_is_a_noun_of_the_domain():
     assert not named, f"names that say nothing: {named}"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["chat", "--help"], ["train", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([name, "--help"] for name in ("generate", "chat", "train", "datagen"))]
+)
 def test_help_imports_nothing_heavy(arguments: list[str]):
     program = (
         "import sys; from orthrus.cli.app import main\n"

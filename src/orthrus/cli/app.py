@@ -11,6 +11,7 @@ import typer
 from orthrus import __version__
 from orthrus.cli.chat import chat
 from orthrus.cli.convert import convert
+from orthrus.cli.datagen import datagen
 from orthrus.cli.env import env
 from orthrus.cli.errors import reported
 from orthrus.cli.export import export
@@ -41,7 +42,7 @@ def orthrus(
     """Lossless parallel decoding: a frozen LLM drafts a block of tokens and verifies it, writing the same text."""
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (generate, chat, convert, train, export, env)
+COMMANDS: tuple[Callable[..., None], ...] = (generate, chat, convert, datagen, train, export, env)
 for command in COMMANDS:
     app.command()(reported(command))
 
