@@ -7,8 +7,10 @@ from orthrus.config import OrthrusConfig
 from orthrus.decoding.generate import OrthrusForCausalLM
 from orthrus.environment import BUNDLED
 from orthrus.model.modeling import OrthrusLM
+from orthrus.training.anchors import Blocks
 from orthrus.training.loss import Objective
 from orthrus.training.recipe import ViewStage
+from orthrus.training.rows import PADDING, Rows, one_reply_rows
 from orthrus.training.trainer import ViewTask, thaw
 from tests.test_bundled import PROMPTS, decode
 
@@ -25,7 +27,22 @@ def test_drafting_changes_no_text_on_cuda(dtype: torch.dtype) -> None:
     assert stats.tokens_per_cycle > 2.5, f"the view accepts less on CUDA than on a CPU: N {stats.tokens_per_cycle:.2f}"
 
 
-def test_flex_attention_trains_what_dense_attention_trains() -> None:
+def rows_of(packing: str) -> Rows:
+    """Two rows: of one document each, or of three, the last of the second row cut short by padding."""
+    ids = torch.randint(0, 250, (2, 128))
+    if packing == "concatenated":
+        return one_reply_rows(ids, torch.tensor([1, 5]), torch.tensor([128, 100]))
+    lengths = torch.tensor([[30, 41, 57], [64, 3, 40]])
+    document, reply = torch.full((2, 128), PADDING), torch.zeros(2, 128, dtype=torch.long)
+    for b in range(2):
+        ends = lengths[b].cumsum(0).tolist()
+        for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            document[b, start:end], reply[b, start + 2 : end] = number, number + 1
+    return Rows(ids, document, reply)
+
+
+@pytest.mark.parametrize("packing", ["concatenated", "isolated"])
+def test_flex_attention_trains_what_dense_attention_trains(packing: str) -> None:
     """Loss and gradients of a micro-batch: compiled flex_attention in fp32 against the dense mask on the CPU."""
     torch.manual_seed(0)
     config = OrthrusConfig(
@@ -34,13 +51,13 @@ def test_flex_attention_trains_what_dense_attention_trains() -> None:
     )  # fmt: skip
     model = OrthrusLM(config)
     stage = ViewStage(blocks=((16, 4), (8, 8)), objective=Objective(focus=0.5, decay=8.0))
-    ids = torch.randint(0, 250, (2, 128))
-    anchors = torch.randint(1, 112, (2, 12)).sort(dim=1).values
+    rows = rows_of(packing)
+    anchors = Blocks.of(stage.blocks).sample(rows.anchorable_BT, torch.Generator().manual_seed(0))
     found = {}
     for device in ("cpu", "cuda"):
         model = model.to(device)
         view = thaw(model, model.view_parameters())
-        loss, _ = ViewTask(model, stage)(ids.to(device), anchors.to(device))
+        loss, _ = ViewTask(model, stage)(rows.to(device), anchors.to(device))
         loss.backward()
         found[device] = (loss.item(), {name: p.grad.cpu() for name, p in view.items() if p.grad is not None})
         model.zero_grad()

@@ -17,6 +17,7 @@ from orthrus.model.bases import ROWS, Family, family_of
 from orthrus.model.modeling import OrthrusLM
 from orthrus.training.anchors import Blocks
 from orthrus.training.forward import Passes, block_mask
+from orthrus.training.rows import one_reply_rows
 from tests.decoding.checks import reference_draft
 from tests.decoding.subjects import BLOCK, MASK, random_prompt, stock, stock_text, subject
 from tests.families import ONE_EACH, OTHERS, VARIANTS, dual_config, family, fields_of, stock_twin
@@ -90,10 +91,11 @@ def test_training_passes_are_those_of_decoding(variant: str):
     model, prompt, anchor = subject(variant=variant), random_prompt(20), 12
     ids = torch.tensor([prompt])
     blocks, anchors = Blocks.of(((BLOCK, 1),)), torch.tensor([[anchor]])
+    rows = one_reply_rows(ids, torch.tensor([1]), torch.tensor([20]))
     passes = Passes(model, compiled=False)
     hidden, clean = passes.ar(ids)
     torch.testing.assert_close(model.logits(hidden), stock(variant=variant)(ids).logits, atol=1e-3, rtol=1e-3)
-    drafted = passes.blocks(blocks.inputs(ids, anchors, MASK), clean, block_mask(blocks, anchors, num_clean=20))
+    drafted = passes.blocks(blocks.inputs(rows, anchors, MASK), clean, block_mask(blocks, anchors, num_clean=20))
     expected = reference_draft(model, prompt[: anchor + 1], BLOCK - 1)
     assert model.logits(drafted)[0, :-1].argmax(-1).tolist() == expected
     assert continue_rows(model, ids, 40)[0, 20:].tolist() == stock_text(prompt, 20, variant=variant)

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_mask
 
-from orthrus.model.masks import block_training_mask, block_training_rule, draft_mask, verify_mask
+from orthrus.model.masks import (
+    block_training_mask,
+    block_training_rule,
+    document_mask,
+    document_rule,
+    draft_mask,
+    verify_mask,
+)
 
 
 @pytest.mark.parametrize("num_queries", [1, 2, 5])
@@ -58,12 +65,35 @@ def test_training_mask_shows_tokens_before_the_anchor_and_the_own_block(widths: 
         assert mask[b, q, k] == truth, f"row {b}, query {q}, key {k}, anchor {anchor}"
 
 
-def test_training_rule_of_flex_attention_is_the_training_mask():
+@pytest.mark.parametrize("documents", [None, [[0, 0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 2, -1, -1]]])
+def test_training_rule_of_flex_attention_is_the_training_mask(documents: list | None):
     anchors, num_clean = torch.tensor([[0, 2, 5], [4, 4, 8]]), 9
+    document = torch.tensor(documents) if documents is not None else None
     block = torch.tensor([number for number, width in enumerate((4, 2, 3)) for _ in range(width)])
-    rule = block_training_rule(anchors, block, num_clean)
+    rule = block_training_rule(anchors, block, num_clean, document)
     mask = create_mask(rule, 2, 1, len(block), num_clean + len(block), device="cpu")
-    assert torch.equal(mask[:, 0], block_training_mask(anchors, block, num_clean)), "GPU and CPU train different views"
+    dense = block_training_mask(anchors, block, num_clean, document)
+    assert torch.equal(mask[:, 0], dense), "GPU and CPU train different views"
+    assert dense.any(dim=2).all(), "a query without keys gives NaN, which spreads"
+
+
+DOCUMENTS = [[0, 0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 2, -1, -1], [-1, -1, -1, -1, -1, -1, -1]]
+
+
+def test_document_mask_is_causal_within_each_document():
+    mask = document_mask(torch.tensor(DOCUMENTS))
+    assert mask.shape == (3, 7, 7) and mask.dtype == torch.bool
+    for b, q, k in itertools.product(range(3), range(7), range(7)):
+        truth = k <= q and DOCUMENTS[b][k] == DOCUMENTS[b][q]
+        assert mask[b, q, k] == truth, f"row {b}, query {q}, key {k}: documents of a row are strangers"
+    assert mask.any(dim=2).all(), "a query without keys gives NaN, which spreads; padding too must see something"
+    assert torch.equal(mask[0], verify_mask(torch.tensor([0]), 7, 7)[0]), "one document is plain causal attention"
+
+
+def test_document_rule_of_flex_attention_is_the_document_mask():
+    document = torch.tensor(DOCUMENTS)
+    mask = create_mask(document_rule(document), 3, 1, 7, 7, device="cpu")
+    assert torch.equal(mask[:, 0], document_mask(document)), "GPU and CPU train different views"
 
 
 def test_training_mask_hides_the_clean_anchor_from_its_own_block():

@@ -2,6 +2,7 @@
 
 import hashlib
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -14,6 +15,7 @@ from orthrus.training.anchors import Blocks, sample_anchors
 from orthrus.training.forward import Passes, block_mask
 from orthrus.training.muon import Muon
 from orthrus.training.recipe import ViewStage
+from orthrus.training.rows import Rows, one_reply_rows, training_rows
 from orthrus.training.trainer import Log, Saver, ViewTask, schedule, train_view
 
 
@@ -27,39 +29,54 @@ BLOCKS = Blocks.of(((8, 2), (4, 3)))
 WIDTHS = [8, 8, 4, 4, 4]
 
 
-def some_anchors(num_rows: int = 2, num_tokens: int = 40) -> torch.Tensor:
+def some_rows(num_rows: int = 2, num_tokens: int = 40) -> Rows:
+    """Rows whose reply begins after a token or two and runs to the end."""
     first = torch.arange(1, num_rows + 1)
-    last = torch.full_like(first, num_tokens - 8)
-    return BLOCKS.sample(first, last, num_tokens, torch.Generator().manual_seed(1))
+    return one_reply_rows(torch.randint(0, 96, (num_rows, num_tokens)), first, torch.full_like(first, num_tokens))
 
 
-def sample(first: list[int], last: list[int], num_anchors: int, generator: torch.Generator) -> torch.Tensor:
-    return sample_anchors(
-        torch.tensor(first), torch.tensor(last), num_clean=40, num_anchors=num_anchors, generator=generator
-    )
+def some_anchors(rows: Rows) -> torch.Tensor:
+    return BLOCKS.sample(rows.anchorable_BT, torch.Generator().manual_seed(1))
 
 
-def test_anchors_are_distinct_sorted_and_between_first_and_last() -> None:
-    first, last = [1, 5, 20], [32, 32, 30]
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(50):
-        anchors = sample(first, last, 10, generator)
-        assert (anchors >= torch.tensor(first)[:, None]).all() and (anchors <= torch.tensor(last)[:, None]).all()
-        assert (anchors.diff(dim=1) > 0).all()
+def test_anchors_are_distinct_sorted_and_on_allowed_places() -> None:
+    allowed = torch.rand(3, 40, generator=torch.Generator().manual_seed(1)) < 0.5
+    generator, seen = torch.Generator().manual_seed(0), torch.zeros_like(allowed)
+    for _ in range(100):
+        anchors = sample_anchors(allowed, num_anchors=10, generator=generator)
+        assert allowed.gather(1, anchors).all() and (anchors.diff(dim=1) > 0).all()
+        seen.scatter_(1, anchors, True)
+    assert torch.equal(seen, allowed), "some allowed place is never drawn"
 
 
 def test_anchors_repeat_evenly_when_a_row_has_too_few_places() -> None:
-    assert sample([31], [32], 4, torch.Generator().manual_seed(0)).tolist() == [[31, 31, 32, 32]]
+    allowed = torch.zeros(1, 40, dtype=torch.bool)
+    allowed[0, [31, 35]] = True
+    drawn = sample_anchors(allowed, num_anchors=4, generator=torch.Generator().manual_seed(0))
+    assert drawn.tolist() == [[31, 31, 35, 35]]
 
 
-def test_a_row_without_room_is_refused() -> None:
+def test_own_rows_without_a_place_for_an_anchor_are_refused() -> None:
     with pytest.raises(ValueError, match="no place for an anchor"):
-        OwnRows(torch.zeros(2, 40, dtype=torch.int16), torch.tensor([3, 33]), torch.tensor([32, 32]))
+        OwnRows(torch.zeros(2, 40, dtype=torch.int16), torch.tensor([3, 33]), torch.tensor([32, 34]))
+
+
+def test_own_rows_reply_up_to_their_loop_and_corpus_rows_from_their_second_token() -> None:
+    own = OwnRows(torch.arange(30).view(3, 10).short(), torch.tensor([4, 5, 6]), torch.tensor([8, 10, 9]))
+    rows = next(training_rows(own, np.arange(100, 200), rows_per_pass=4, real_share=0.25, seed=0))
+    assert rows.ids_BT.dtype == torch.long and (rows.document_BT == 0).all() and not rows.isolated
+    for ids, reply in zip(rows.ids_BT[:3], rows.reply_BT[:3], strict=True):
+        row = int(ids[0]) // 10
+        assert reply.tolist() == [int(own.first[row] <= t < own.end[row]) for t in range(10)]
+    assert rows.ids_BT[3, 0] >= 100 and (rows.ids_BT[3].diff() == 1).all()
+    assert rows.reply_BT[3].tolist() == [0, *[1] * 9]
 
 
 def test_blocks_know_their_positions() -> None:
-    anchors, ids = some_anchors(), torch.randint(0, 96, (2, 40))
-    got_ids, got_positions = BLOCKS.inputs(ids, anchors, 96)
+    rows = some_rows()
+    anchors, ids = some_anchors(rows), rows.ids_BT
+    got_ids, got_positions = BLOCKS.inputs(rows, anchors, 96)
+    assert torch.equal(got_positions, BLOCKS.places(anchors)), "in a row of one document places are positions"
     for b in range(2):
         places = [(a, j) for a, width in enumerate(WIDTHS) for j in range(width)]
         assert got_positions[b].tolist() == [int(anchors[b, a]) + j for a, j in places]
@@ -70,9 +87,10 @@ def test_blocks_know_their_positions() -> None:
 @torch.no_grad()
 def test_block_pass_equals_decoding_each_block_alone(model: OrthrusLM) -> None:
     """Training sees what inference sees: all of the prefix before the anchor, the whole block, nothing else."""
-    ids, anchors, passes = torch.randint(0, 96, (2, 40)), some_anchors(), Passes(model, compiled=False)
+    rows, passes = some_rows(), Passes(model, compiled=False)
+    ids, anchors = rows.ids_BT, some_anchors(rows)
     _, clean = passes.ar(ids)
-    together = passes.blocks(BLOCKS.inputs(ids, anchors, 96), clean, block_mask(BLOCKS, anchors, num_clean=40))
+    together = passes.blocks(BLOCKS.inputs(rows, anchors, 96), clean, block_mask(BLOCKS, anchors, num_clean=40))
     for b in range(2):
         for a, (anchor, width) in enumerate(zip(anchors[b].tolist(), WIDTHS, strict=True)):
             _, prefix = passes.ar(ids[b : b + 1, :anchor])
@@ -95,11 +113,12 @@ def test_a_copied_view_on_its_own_anchor_row_has_no_loss_at_the_first_draft(tiny
     """Masked causally, the anchor row of a copied view sees what the AR row sees."""
     model = OrthrusLM(tiny_config).eval()
     model.init_view()
-    ids, anchors, passes = torch.randint(0, 96, (2, 40)), some_anchors(), Passes(model, compiled=False)
-    ar_hidden, clean = passes.ar(ids)
+    rows, passes = some_rows(), Passes(model, compiled=False)
+    anchors = some_anchors(rows)
+    ar_hidden, clean = passes.ar(rows.ids_BT)
     mask = block_mask(BLOCKS, anchors, num_clean=40)
     own = mask[:, :, 40:] & torch.ones(28, 28, dtype=torch.bool).tril()
-    hidden = passes.blocks(BLOCKS.inputs(ids, anchors, 96), clean, torch.cat([mask[:, :, :40], own], dim=2))
+    hidden = passes.blocks(BLOCKS.inputs(rows, anchors, 96), clean, torch.cat([mask[:, :, :40], own], dim=2))
     firsts = hidden[:, BLOCKS.offset_Q == 0]
     torch.testing.assert_close(firsts, ar_hidden.gather(1, anchors[:, :, None].expand(-1, -1, 32)))
 
@@ -113,22 +132,23 @@ def test_only_the_view_changes_and_its_loss_falls(model: OrthrusLM, tmp_path) ->
         return hashlib.sha256(b"".join(p.view(torch.int16).numpy().tobytes() for p in state)).hexdigest()
 
     base_before, view_before = digest(False), digest(True)
-    ids, anchors = torch.randint(0, 96, (4, 40)), some_anchors(4)
+    all_rows = some_rows(4)
+    anchors = some_anchors(all_rows)
     stage = ViewStage(
         rows_per_step=4, rows_per_pass=2, blocks=((8, 2), (4, 3)), num_steps=40, warmup_steps=1, learning_rate=0.01
     )
-    loss_before = ViewTask(model, stage)(ids, anchors)[0]
+    loss_before = ViewTask(model, stage)(all_rows, anchors)[0]
 
     def rows():  # noqa: ANN202
         while True:
-            yield ids[:2], torch.tensor([1, 2]), torch.tensor([32, 32])
-            yield ids[2:], torch.tensor([3, 4]), torch.tensor([32, 32])
+            for some in (slice(0, 2), slice(2, 4)):
+                yield Rows(all_rows.ids_BT[some], all_rows.document_BT[some], all_rows.reply_BT[some], isolated=False)
 
     log, saver = Log(stage="test", path=tmp_path / "log.jsonl"), Saver(save=lambda: None)
     assert train_view(model, rows(), stage, seed=0, log=log, saver=saver) == 40
     assert digest(False) == base_before, "training the view changed the frozen base"
     assert digest(True) != view_before
-    assert ViewTask(model, stage)(ids, anchors)[0] < 0.9 * loss_before
+    assert ViewTask(model, stage)(all_rows, anchors)[0] < 0.9 * loss_before
 
 
 def test_a_step_that_cannot_be_shared_and_a_block_too_wide_are_refused(model: OrthrusLM, tmp_path) -> None:  # noqa: ANN001

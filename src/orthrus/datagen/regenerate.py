@@ -128,15 +128,16 @@ def loop_start(ids_BT: Tensor, first_B: Tensor, *, window: int = 48, min_new: fl
 
 @dataclass(frozen=True, slots=True)
 class OwnRows:
-    """Rows that a base wrote: ids [rows, T] int16, and the first and the last place of an anchor in each, [rows]."""
+    """Rows that a base wrote: ids [rows, T] int16, and where its reply begins and ends in each, [rows]: first token of
+    it, first token behind it."""
 
     ids: Tensor
     first: Tensor
-    last: Tensor
+    end: Tensor
 
     def __post_init__(self):
-        if bool((self.first > self.last).any()):
-            raise ValueError("a row has no place for an anchor: its first position lies behind its last")
+        if bool((self.end - self.first < 2).any()):
+            raise ValueError("a row has no place for an anchor: its reply has fewer than two tokens")
 
 
 def continue_batches(
@@ -166,41 +167,19 @@ def continue_batches(
 def rollouts(model: OrthrusLM, prompt_tokens: np.ndarray, stage: RolloutStage, *, seed: int) -> tuple[OwnRows, dict]:
     """The base's continuations of prompts cut at random from a token stream, and counts.
 
-    Anchors may stand from the first new token up to where a loop begins; rows with fewer than `min_tokens` such places
-    are dropped.
+    A row's reply goes from its first new token up to where a loop begins; rows whose reply has fewer than `min_tokens`
+    tokens (or than two, which leave no place for an anchor) are dropped.
     """
     if model.config.vocab_size > 2**15:
         raise ValueError(f"rollouts keep ids as int16: a vocabulary of {model.config.vocab_size} does not fit")
     started, parts, made, looping = time.perf_counter(), [], 0, 0
     for ids_BT, first_B, _ in continue_batches(model, prompt_tokens, stage, seed=seed):
-        loop_B = loop_start(ids_BT, first_B)
-        last_B = loop_B.clamp(max=stage.row_tokens - model.config.block_size)
-        keep_B = last_B - first_B >= stage.min_tokens
+        end_B = loop_start(ids_BT, first_B)
+        keep_B = end_B - first_B >= max(stage.min_tokens, 2)
         made += len(ids_BT)
-        looping += int((loop_B < stage.row_tokens).sum())
-        parts.append((ids_BT[keep_B].short(), first_B[keep_B], last_B[keep_B]))
+        looping += int((end_B < stage.row_tokens).sum())
+        parts.append((ids_BT[keep_B].short(), first_B[keep_B], end_B[keep_B]))
     own = OwnRows(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    places = int((own.last - own.first + 1).sum())
+    places = int((own.end - own.first - 1).sum())
     counts = {"rows_made": made, "rows_looping": looping, "rows_kept": len(own.ids), "anchor_places": places}
     return own, counts | {"seconds": time.perf_counter() - started}
-
-
-def training_rows(
-    own: OwnRows, tokens: np.ndarray, *, rows_per_pass: int, real_share: float, block_size: int, seed: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Endless micro-batches of (ids [B, T], first anchor [B], last anchor [B]): own rows, corpus rows among them."""
-    device, num_tokens = own.ids.device, own.ids.shape[1]
-    stream = torch.from_numpy(tokens.astype(np.int32)).to(device)
-    generator = torch.Generator(device).manual_seed(seed)
-    num_real = round(rows_per_pass * real_share)
-    num_own = rows_per_pass - num_real
-    assert len(own.ids) >= num_own, "fewer rollouts than one micro-batch needs"
-    first_R = torch.ones(num_real, dtype=torch.long, device=device)
-    last_R = torch.full_like(first_R, num_tokens - block_size)
-    while True:
-        order = torch.randperm(len(own.ids), generator=generator, device=device)
-        for pick in order[: len(order) // num_own * num_own].split(num_own):
-            starts_R1 = torch.randint(len(stream) - num_tokens, (num_real, 1), generator=generator, device=device)
-            real_RT = stream[starts_R1 + torch.arange(num_tokens, device=device)]
-            rows_BT = torch.cat([own.ids[pick].int(), real_RT]).long()
-            yield rows_BT, torch.cat([own.first[pick], first_R]), torch.cat([own.last[pick], last_R])

@@ -34,12 +34,35 @@ def verify_mask(lengths_B: Tensor, num_queries: int, num_slots: int) -> Tensor:
     return slots_S <= last_BQ[:, :, None]
 
 
-def block_training_rule(anchors_BA: Tensor, block_Q: Tensor, num_clean: int) -> Callable[..., Tensor]:
+def document_mask(document_BT: Tensor) -> Tensor:
+    """visible[b, q, k] = k <= q and document[b, k] == document[b, q]: causal within the document. [B, T, T].
+
+    Padding is a document like any other here: each of its tokens sees itself, so no row of the softmax is empty.
+    """
+    places_T = torch.arange(document_BT.shape[1], device=document_BT.device)
+    return (places_T <= places_T[:, None]) & (document_BT[:, None, :] == document_BT[:, :, None])
+
+
+def document_rule(document_BT: Tensor) -> Callable[..., Tensor]:
+    """`document_mask` as a function of (row, head, query, key) indices, as `flex_attention` wants it."""
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & (document_BT[b, k] == document_BT[b, q])
+
+    return visible
+
+
+def block_training_rule(
+    anchors_BA: Tensor, block_Q: Tensor, num_clean: int, document_BT: Tensor | None = None
+) -> Callable[..., Tensor]:
     """`block_training_mask` as a function of (row, head, query, key) indices, as `flex_attention` wants it."""
     anchor_BQ = anchors_BA[:, block_Q]
+    document_BQ = None if document_BT is None else document_BT.gather(1, anchors_BA)[:, block_Q]
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         before_anchor = (k < num_clean) & (k < anchor_BQ[b, q])
+        if document_BT is not None and document_BQ is not None:
+            before_anchor = before_anchor & (document_BT[b, k.clamp(max=num_clean - 1)] == document_BQ[b, q])
         own_block = (k >= num_clean) & (block_Q[(k - num_clean).clamp(min=0)] == block_Q[q])
         return before_anchor | own_block
 
@@ -51,9 +74,9 @@ def block_training_mask(
 ) -> Tensor:
     """visible[b, q, k] for queries of all blocks over keys [T clean tokens ; Q block positions]. [B, Q, T+Q].
 
-    For k < T: k < anchors[b, block[q]] (and in the anchor's own document). Otherwise: block[k - T] == block[q], where
-    block[q] is the block that position q belongs to. (method.md section 5: strictly before the anchor, and the whole
-    own block.)
+    For k < T: k < anchors[b, block[q]] (and, where documents are given, in the anchor's own). Otherwise: block[k - T]
+    == block[q], where block[q] is the block that position q belongs to. (method.md section 5: strictly before the
+    anchor, and the whole own block.)
     """
     clean_T = torch.arange(num_clean, device=anchors_BA.device)
     sees_clean_BQT = clean_T < anchors_BA[:, block_Q][:, :, None]

@@ -4,7 +4,7 @@ Blocks of several widths share a row: short ones give more anchors for the same 
 kept or lost, long ones teach the far positions; and a view that has seen all widths drafts well at any block size.
 
     B = rows, A = anchors (blocks) a row, K = width of a block, Q = positions of all blocks of a row, T = clean tokens
-    of a row, P = places in it
+    of a row
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from orthrus.training.rows import Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,36 +63,42 @@ class Blocks:
                 )  # fmt: skip
                 start, block = where.stop, block + taken
 
-    def positions(self, anchors_BA: Tensor) -> Tensor:
-        """Absolute position of every block position. [B, Q]."""
+    def places(self, anchors_BA: Tensor) -> Tensor:
+        """Place in the row of every block position. A block may overhang its row: T and more. [B, Q]."""
         return anchors_BA[:, self.block_Q] + self.offset_Q
 
-    def inputs(self, ids_BT: Tensor, anchors_BA: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
-        """Ids (the anchor's own token, then masks) and absolute positions of all blocks. Both [B, Q]."""
-        ids_BQ = ids_BT.gather(1, anchors_BA)[:, self.block_Q]
-        return torch.where(self.offset_Q == 0, ids_BQ, mask_token_id), self.positions(anchors_BA)
+    def supervised(self, reply_BT: Tensor, anchors_BA: Tensor) -> Tensor:
+        """Whether what q predicts, the token behind place q, is of the anchor's reply; no at last positions. [B, Q].
 
-    def sample(self, first_B: Tensor, last_B: Tensor, num_clean: int, generator: torch.Generator) -> Tensor:
+        An anchor outside all replies has no supervised draft, and one that ends its reply has none either.
+        """
+        target_BQ = self.places(anchors_BA) + 1
+        num_clean = reply_BT.shape[1]
+        reply_of_anchor_BQ = reply_BT.gather(1, anchors_BA)[:, self.block_Q]
+        reply_of_target_BQ = reply_BT.gather(1, target_BQ.clamp(max=num_clean - 1))
+        same_BQ = (reply_of_target_BQ == reply_of_anchor_BQ) & (reply_of_anchor_BQ > 0)
+        return same_BQ & (target_BQ < num_clean) & ~self.is_last_Q
+
+    def inputs(self, rows: Rows, anchors_BA: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
+        """Ids (the anchor's own token, then masks) and rotary positions of all blocks. Both [B, Q]."""
+        ids_BQ = rows.ids_BT.gather(1, anchors_BA)[:, self.block_Q]
+        positions_BQ = rows.positions_BT.gather(1, anchors_BA)[:, self.block_Q] + self.offset_Q
+        return torch.where(self.offset_Q == 0, ids_BQ, mask_token_id), positions_BQ
+
+    def sample(self, allowed_BT: Tensor, generator: torch.Generator) -> Tensor:
         """Anchors of all blocks, drawn for each group by `sample_anchors`. [B, A]."""
-        drawn = [
-            sample_anchors(first_B, last_B, num_clean=num_clean, num_anchors=count, generator=generator)
-            for _, count in self.groups
-        ]
+        drawn = [sample_anchors(allowed_BT, num_anchors=count, generator=generator) for _, count in self.groups]
         return torch.cat(drawn, dim=1)
 
 
-def sample_anchors(
-    first_B: Tensor, last_B: Tensor, *, num_clean: int, num_anchors: int, generator: torch.Generator
-) -> Tensor:
-    """anchors[b] = sorted positions drawn without replacement from first[b] .. last[b], both included. [B, A].
+def sample_anchors(allowed_BT: Tensor, *, num_anchors: int, generator: torch.Generator) -> Tensor:
+    """anchors[b] = sorted places drawn without replacement from those allowed in row b. [B, A].
 
-    Where a row has fewer places than anchors, places repeat evenly. 0 <= first <= last < num_clean, unchecked: reading
-    them would stop the device.
+    Where a row has fewer places than anchors, places repeat evenly. A row without any gets anchors at some place that
+    is not allowed: its drafts have no weight (`Blocks.supervised`), and finding it out here would stop the device.
     """
-    places_P = torch.arange(num_clean, device=first_B.device)
-    outside_BP = (places_P < first_B[:, None]) | (places_P > last_B[:, None])
-    draws_BP = torch.rand(outside_BP.shape, generator=generator, device=first_B.device)
-    order_BP = draws_BP.masked_fill(outside_BP, 2.0).argsort(dim=1)
-    num_places_B1 = (last_B - first_B + 1)[:, None]
-    picks_BA = torch.arange(num_anchors, device=first_B.device) % num_places_B1
-    return order_BP.gather(1, picks_BA).sort(dim=1).values
+    draws_BT = torch.rand(allowed_BT.shape, generator=generator, device=allowed_BT.device)
+    order_BT = draws_BT.masked_fill(~allowed_BT, 2.0).argsort(dim=1)
+    num_places_B1 = allowed_BT.sum(dim=1, keepdim=True).clamp(min=1)
+    picks_BA = torch.arange(num_anchors, device=allowed_BT.device) % num_places_B1
+    return order_BT.gather(1, picks_BA).sort(dim=1).values

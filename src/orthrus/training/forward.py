@@ -1,7 +1,8 @@
 """The two passes of training: the clean row in the AR view, then all its blocks in the diffusion view.
 
-The AR pass is frozen: it gives each layer's keys and values (what the blocks may read) and the teacher's logits. The
-block pass attends to [clean keys ; block keys] under `masks.block_training_mask`. On a GPU that is `flex_attention`;
+The AR pass is frozen: it gives each layer's keys and values (what the blocks may read) and the teacher's logits. It is
+plainly causal where a row is one document, else causal within each document (`masks.document_mask`). The block pass
+attends to [clean keys ; block keys] under `masks.block_training_mask`. On a GPU masked attention is `flex_attention`;
 `dense_attend` is its slow, obviously right twin and what a CPU runs (flex has no backward there).
 
 One layer is compiled, not the model: its graph serves all layers, so compiling does not grow with depth.
@@ -21,20 +22,22 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils.checkpoint import checkpoint
 
 from orthrus.model.attention import causal_attend, rms_norm, run_layer
-from orthrus.model.masks import block_training_mask, block_training_rule
+from orthrus.model.masks import block_training_mask, block_training_rule, document_mask, document_rule
 from orthrus.training.anchors import Blocks
 
 Rope = tuple[Tensor, Tensor]
 KeyValues = list[tuple[Tensor, Tensor]]
 
 
-def ar_layer(layer: nn.Module, hidden_BTD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+def ar_layer(
+    layer: nn.Module, hidden_BTD: Tensor, rope: Rope, mask: BlockMask | Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """One layer of the AR view over clean rows, and its keys and values. [B, T, D], [B, G, T, H] twice."""
     kept: KeyValues = []
 
     def attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kept.append((k, v))
-        return causal_attend(attention, q, k, v)
+        return causal_attend(attention, q, k, v) if mask is None else masked_attend(attention, q, k, v, mask)
 
     hidden_BTD = run_layer(layer, hidden_BTD, rope, attend, "ar")
     return hidden_BTD, *kept[0]
@@ -44,12 +47,18 @@ def block_layer(
     layer: nn.Module, hidden_BQD: Tensor, rope: Rope, clean: tuple[Tensor, Tensor], mask: BlockMask | Tensor
 ) -> Tensor:
     """One layer of the diffusion view over all blocks, reading the clean rows' keys and values. [B, Q, D]."""
-    attend_over = flex_attend if isinstance(mask, BlockMask) else dense_attend
 
     def attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend_over(attention, q, torch.cat([clean[0], k], dim=2), torch.cat([clean[1], v], dim=2), mask)
+        return masked_attend(attention, q, torch.cat([clean[0], k], dim=2), torch.cat([clean[1], v], dim=2), mask)
 
     return run_layer(layer, hidden_BQD, rope, attend, "diffusion")
+
+
+def masked_attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor) -> Tensor:
+    """Attention under a mask in either form. [B, Q, N * H]."""
+    if isinstance(mask, BlockMask):
+        return flex_attend(attention, q, k, v, mask)
+    return dense_attend(attention, q, k, v, mask)
 
 
 def flex_attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
@@ -98,14 +107,21 @@ class Passes:
         self._ar_layer = self.compile(ar_layer)
         self._block_layer = self.compile(block_layer)
 
-    def ar(self, ids_BT: Tensor) -> tuple[Tensor, KeyValues]:
-        """The AR view over clean rows: final hidden states [B, T, D] and each layer's (keys, values)."""
+    def ar(
+        self, ids_BT: Tensor, positions_BT: Tensor | None = None, document_BT: Tensor | None = None
+    ) -> tuple[Tensor, KeyValues]:
+        """The AR view over clean rows: final hidden states [B, T, D] and each layer's (keys, values).
+
+        Without positions they count through the row; without documents each row is one.
+        """
         model, clean = self.model.model, []
-        positions_1T = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
+        if positions_BT is None:
+            positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
+        mask = None if document_BT is None else clean_mask(document_BT)
         hidden_BTD = model.embed_tokens(ids_BT)
-        rope = model.rotary_emb(hidden_BTD, positions_1T)
+        rope = model.rotary_emb(hidden_BTD, positions_BT)
         for step in self.steps:
-            hidden_BTD, k, v = step(hidden_BTD, lambda layer, hidden: self._ar_layer(layer, hidden, rope))
+            hidden_BTD, k, v = step(hidden_BTD, lambda layer, hidden: self._ar_layer(layer, hidden, rope, mask))
             clean.append((k, v))
         return rms_norm(model.norm, hidden_BTD), clean
 
@@ -129,14 +145,24 @@ class Passes:
         return self._block_layer(layer, hidden_BQD, rope, clean, mask)
 
 
-def block_mask(blocks: Blocks, anchors_BA: Tensor, *, num_clean: int) -> Any:
-    """`masks.block_training_mask` in the form that this device's attention reads."""
-    if anchors_BA.device.type == "cpu":
-        return block_training_mask(anchors_BA, blocks.block_Q, num_clean)
-    num_queries = len(blocks.block_Q)
+def clean_mask(document_BT: Tensor) -> Any:
+    """`masks.document_mask` in the form that this device's attention reads."""
+    if document_BT.device.type == "cpu":
+        return document_mask(document_BT)
+    num_rows, num_clean = document_BT.shape
     # Compiled, or the mask would be materialised as rows x queries x keys booleans.
     return create_block_mask(
-        block_training_rule(anchors_BA, blocks.block_Q, num_clean),
+        document_rule(document_BT), num_rows, None, num_clean, num_clean, device=document_BT.device, _compile=True
+    )
+
+
+def block_mask(blocks: Blocks, anchors_BA: Tensor, *, num_clean: int, document_BT: Tensor | None = None) -> Any:
+    """`masks.block_training_mask` in the form that this device's attention reads."""
+    if anchors_BA.device.type == "cpu":
+        return block_training_mask(anchors_BA, blocks.block_Q, num_clean, document_BT)
+    num_queries = len(blocks.block_Q)
+    return create_block_mask(
+        block_training_rule(anchors_BA, blocks.block_Q, num_clean, document_BT),
         len(anchors_BA), None, num_queries, num_clean + num_queries,
         device=anchors_BA.device, _compile=True,
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """What the view is trained to do: agree with the frozen AR view at each position (method.md section 5, paper eq. 7).
 
 Offset j of a block with anchor a predicts position a+j+1, as AR row a+j does: the student there is compared with the
-teacher's row a+j, for j = 0 .. K-2. The last position of a block predicts nothing.
+teacher's row a+j, for j = 0 .. K-2. The last position of a block predicts nothing. Only *supervised* positions count:
+those whose token a+j+1 is of the anchor's own reply (`Blocks.supervised`); blocks may overhang a reply or a row.
 
 `view_loss` is the formula; `chunked_view_loss` is the same value and gradient without ever holding all positions'
 logits: the head is frozen, so a chunk's gradient with respect to its hidden states is known as soon as its logits are.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from orthrus.training.anchors import Blocks
+from orthrus.training.rows import Rows
 
 CHUNK_ELEMENTS = 2**27
 """Logits (positions x vocabulary) of a chunk: half a gigabyte in fp32, of which a few copies live at once."""
@@ -84,33 +86,46 @@ def alive(blocks: Blocks, agrees_BQ: Tensor) -> Tensor:
     return before_BQ == before_BQ[:, starts_Q]
 
 
-def position_weights(objective: Objective, blocks: Blocks, agrees_BQ: Tensor) -> Tensor:
-    """weight[b, q] = exp(-offset / decay) * (1 - focus + focus * alive[b, q]), 0 at last positions. [B, Q]."""
+def position_weights(objective: Objective, blocks: Blocks, supervised_BQ: Tensor, agrees_BQ: Tensor) -> Tensor:
+    """weight[b, q] = exp(-offset / decay) * (1 - focus + focus * alive[b, q]) where supervised, else 0. [B, Q]."""
     weights_BQ = 1.0 - objective.focus + objective.focus * alive(blocks, agrees_BQ)
     if objective.decay is not None:
         weights_BQ = weights_BQ * torch.exp(-blocks.offset_Q / objective.decay)
-    return weights_BQ * ~blocks.is_last_Q
+    return weights_BQ * supervised_BQ
 
 
-def target_tokens(ids_BT: Tensor, rows_BQ: Tensor) -> Tensor:
-    """The row's own token behind each AR row; the row's last has none and is never compared. [B, Q]."""
-    return ids_BT.gather(1, (rows_BQ + 1).clamp(max=ids_BT.shape[1] - 1))
+def target_tokens(ids_BT: Tensor, places_BQ: Tensor) -> Tensor:
+    """The row's own token behind each place; where there is none, some token that is never compared. [B, Q]."""
+    return ids_BT.gather(1, (places_BQ + 1).clamp(max=ids_BT.shape[1] - 1))
+
+
+def weighted_mean(total: Tensor, weight: Tensor) -> Tensor:
+    """total / weight, and 0 where nothing has weight: a micro-batch without a reply teaches nothing. ()."""
+    return total / torch.where(weight > 0, weight, 1.0)
 
 
 # --- a micro-batch -----------------------------------------------------------------------------------------------
 
 
 def view_loss(
-    objective: Objective, blocks: Blocks, ids_BT: Tensor, anchors_BA: Tensor, teacher_BTV: Tensor, student_BQV: Tensor
+    objective: Objective, blocks: Blocks, rows: Rows, anchors_BA: Tensor, teacher_BTV: Tensor, student_BQV: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weighted mean of the objective over all positions, and which of them have the teacher's argmax. (), [B, Q]."""
-    rows_BQ = blocks.positions(anchors_BA)
-    batch_B1 = torch.arange(len(rows_BQ), device=rows_BQ.device)[:, None]
-    agrees_BQ = teacher_BTV.argmax(-1)[batch_B1, rows_BQ] == student_BQV.argmax(-1)
-    weights_BQ = position_weights(objective, blocks, agrees_BQ)
-    teacher_BQV = teacher_BTV[batch_B1, rows_BQ]
-    values_BQ = disagreement(objective, teacher_BQV, student_BQV, target_tokens(ids_BT, rows_BQ))
-    return (values_BQ * weights_BQ).sum() / weights_BQ.sum(), agrees_BQ
+    """Weighted mean of the objective over supervised positions, and which positions have the teacher's argmax.
+
+    (), [B, Q]. Without any supervised position the mean is 0, and so is its gradient.
+    """
+    places_BQ = blocks.places(anchors_BA)
+    teacher_BQV = teacher_rows(teacher_BTV, places_BQ)
+    agrees_BQ = teacher_BQV.argmax(-1) == student_BQV.argmax(-1)
+    weights_BQ = position_weights(objective, blocks, blocks.supervised(rows.reply_BT, anchors_BA), agrees_BQ)
+    values_BQ = disagreement(objective, teacher_BQV, student_BQV, target_tokens(rows.ids_BT, places_BQ))
+    return weighted_mean((values_BQ * weights_BQ).sum(), weights_BQ.sum()), agrees_BQ
+
+
+def teacher_rows(teacher_BTX: Tensor, places_BQ: Tensor) -> Tensor:
+    """The teacher's values at each place; at places behind the row its last, which are never compared. [B, Q, X]."""
+    batch_B1 = torch.arange(len(places_BQ), device=places_BQ.device)[:, None]
+    return teacher_BTX[batch_B1, places_BQ.clamp(max=teacher_BTX.shape[1] - 1)]
 
 
 Chunk = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -118,15 +133,15 @@ Chunk = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def chunk_loss(
-    objective: Objective, blocks: Blocks, rows_BQ: Tensor, target_BQ: Tensor, teacher_BTV: Tensor, hidden_BQD: Tensor,
-    head_VD: Tensor,
+    objective: Objective, blocks: Blocks, places_BQ: Tensor, target_BQ: Tensor, supervised_BQ: Tensor,
+    teacher_BTV: Tensor, hidden_BQD: Tensor, head_VD: Tensor,
 ) -> Chunk:  # fmt: skip
     """One chunk of `chunked_view_loss`: whole blocks of some rows."""
     student_BQV = hidden_BQD @ head_VD.T
-    batch_B1 = torch.arange(len(rows_BQ), device=rows_BQ.device)[:, None]
-    agrees_BQ = teacher_BTV.argmax(-1)[batch_B1, rows_BQ] == student_BQV.argmax(-1)
-    weights_BQ = position_weights(objective, blocks, agrees_BQ)
-    teacher_BQV = teacher_BTV[batch_B1, rows_BQ]
+    # The teacher's argmax once for each clean place, not once for each block position that looks at it.
+    agrees_BQ = teacher_rows(teacher_BTV.argmax(-1), places_BQ) == student_BQV.argmax(-1)
+    weights_BQ = position_weights(objective, blocks, supervised_BQ, agrees_BQ)
+    teacher_BQV = teacher_rows(teacher_BTV, places_BQ)
     values_BQ = disagreement(objective, teacher_BQV, student_BQV, target_BQ)
     slopes_BQV = disagreement_gradient(objective, teacher_BQV, student_BQV, target_BQ) * weights_BQ[..., None]
     return (values_BQ * weights_BQ).sum(), weights_BQ.sum(), agrees_BQ, slopes_BQV.to(head_VD.dtype) @ head_VD
@@ -141,7 +156,7 @@ class ChunkedLoss(torch.autograd.Function):
         hidden_BQD: Tensor,
         objective: Objective,
         blocks: Blocks,
-        ids_BT: Tensor,
+        rows: Rows,
         anchors_BA: Tensor,
         teacher_BTD: Tensor,
         head_VD: Tensor,
@@ -149,28 +164,30 @@ class ChunkedLoss(torch.autograd.Function):
         max_elements: int,
     ) -> tuple[Tensor, Tensor]:
         """Loss () and agreement [B, Q]."""
-        rows_BQ = blocks.positions(anchors_BA)
-        target_BQ = target_tokens(ids_BT, rows_BQ)
-        agrees_BQ = torch.empty_like(rows_BQ, dtype=torch.bool)
+        places_BQ = blocks.places(anchors_BA)
+        target_BQ = target_tokens(rows.ids_BT, places_BQ)
+        supervised_BQ = blocks.supervised(rows.reply_BT, anchors_BA)
+        agrees_BQ = torch.empty_like(supervised_BQ)
         slopes_BQD = torch.empty_like(hidden_BQD)
         total, weight = hidden_BQD.new_zeros((), dtype=torch.float32), hidden_BQD.new_zeros((), dtype=torch.float32)
-        for some in row_chunks(len(rows_BQ), rows_BQ.shape[1] * len(head_VD), max_elements):
+        for some in row_chunks(len(places_BQ), places_BQ.shape[1] * len(head_VD), max_elements):
             teacher_bTV = teacher_BTD[some] @ head_VD.T
             for part in blocks.chunks(max(1, max_elements // (len(head_VD) * len(teacher_bTV)))):
                 at = (some, part.where)
                 value, share, agrees_BQ[at], slopes_BQD[at] = one_chunk(
-                    objective, part, rows_BQ[at], target_BQ[at], teacher_bTV, hidden_BQD[at], head_VD
-                )
+                    objective, part, places_BQ[at], target_BQ[at], supervised_BQ[at], teacher_bTV, hidden_BQD[at],
+                    head_VD,
+                )  # fmt: skip
                 total, weight = total + value, weight + share
         ctx.save_for_backward(slopes_BQD, weight)
         ctx.mark_non_differentiable(agrees_BQ)
-        return total / weight, agrees_BQ
+        return weighted_mean(total, weight), agrees_BQ
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """The kept gradient, scaled."""
         slopes_BQD, weight = ctx.saved_tensors
-        return (slopes_BQD * (gradients[0] / weight), *[None] * 8)
+        return (slopes_BQD * weighted_mean(gradients[0], weight), *[None] * 8)
 
 
 def row_chunks(num_rows: int, row_elements: int, max_elements: int) -> Iterator[slice]:
@@ -183,7 +200,7 @@ def row_chunks(num_rows: int, row_elements: int, max_elements: int) -> Iterator[
 def chunked_view_loss(
     objective: Objective,
     blocks: Blocks,
-    ids_BT: Tensor,
+    rows: Rows,
     anchors_BA: Tensor,
     teacher_BTD: Tensor,
     student_BQD: Tensor,
@@ -198,15 +215,18 @@ def chunked_view_loss(
     blocks compare themselves with it.
     """
     return ChunkedLoss.apply(
-        student_BQD, objective, blocks, ids_BT, anchors_BA, teacher_BTD, head_VD, one_chunk, max_elements
+        student_BQD, objective, blocks, rows, anchors_BA, teacher_BTD, head_VD, one_chunk, max_elements
     )
 
 
-def survival(blocks: Blocks, agrees_BQ: Tensor) -> Tensor:
-    """survival[j]: share of the widest blocks whose offsets 0 .. j all have the teacher's argmax. [K-1].
+def survival(blocks: Blocks, supervised_BQ: Tensor, agrees_BQ: Tensor) -> Tensor:
+    """survival[j]: of the widest blocks whose offset j is supervised, the share whose offsets 0 .. j all have the
+    teacher's argmax; 0 where there is no such block. [K-1].
 
     On rows that the base wrote greedily, 1 + survival.sum() is N of greedy decoding from a random anchor.
     """
     widest = max(range(len(blocks.groups)), key=lambda group: blocks.groups[group][0])
-    agrees_BAK = blocks.split(agrees_BQ)[widest]
-    return agrees_BAK[..., :-1].float().cumprod(dim=-1).mean(dim=(0, 1))
+    agrees_BAJ, supervised_BAJ = (blocks.split(x_BQ)[widest][..., :-1] for x_BQ in (agrees_BQ, supervised_BQ))
+    # Supervised offsets come first in a block, so all before a supervised one are supervised too.
+    lives_BAJ = agrees_BAJ.cumprod(dim=-1) * supervised_BAJ
+    return lives_BAJ.sum(dim=(0, 1)) / supervised_BAJ.sum(dim=(0, 1)).clamp(min=1)

@@ -5,7 +5,7 @@ Each stage reads what the one before wrote into the run's folder, so they can ru
 
     OUT/tokens/ NAME-DIGEST.npy uint16, the tokenised corpus
     OUT/base/   the AR view alone, with the tokenizer: a stock base; provenance.json
-    OUT/rollouts/ RANK.safetensors   ids int16 [rows, T], first and last int64 [rows]
+    OUT/rollouts/ RANK.safetensors   ids int16 [rows, T], first and end int64 [rows]
     OUT/view/   a view file on OUT/base (`orthrus generate --model OUT/view`); provenance.json
 """
 
@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config
 
-from orthrus.datagen.regenerate import OwnRows, RolloutStage, rollouts, training_rows
+from orthrus.datagen.regenerate import OwnRows, RolloutStage, rollouts
 from orthrus.model.checkpoint import load_model
 from orthrus.model.export import save_view, whole_folder, write_tensors
 from orthrus.model.modeling import OrthrusLM
@@ -28,6 +28,7 @@ from orthrus.model.tensors import fingerprint
 from orthrus.training.provenance import provenance, write_provenance
 from orthrus.training.ranks import num_ranks, once, rank
 from orthrus.training.recipe import Recipe, UnlikelihoodStage
+from orthrus.training.rows import training_rows
 from orthrus.training.shards import end_of_text_id, load_shards, load_tokenizer
 from orthrus.training.trainer import Log, Saver, base_parameters, held_out_loss, new_base, train_base, train_view
 from orthrus.training.unlikelihood import train_unlikelihood
@@ -162,7 +163,7 @@ def run_rollouts(recipe: Recipe, corpus: Path, out: Path, device: torch.device) 
     prompts = prompt_stream(recipe.rollouts, corpus, out)
     own, counts = rollouts(model, prompts, recipe.rollouts, seed=recipe.seed + rank())
     once(lambda: empty(folder))
-    tensors = {name: getattr(own, name).cpu() for name in ("ids", "first", "last")}
+    tensors = {name: getattr(own, name).cpu() for name in ("ids", "first", "end")}
     save_file(tensors, folder / f"{rank():02d}.safetensors", metadata={"base": fingerprint(out / "base")})
     once(lambda: None)
     return counts
@@ -186,6 +187,8 @@ def own_rows(out: Path, device: torch.device) -> OwnRows:
         with safe_open(path, framework="pt") as file:
             if file.metadata().get("base") != fingerprint(out / "base"):
                 raise ValueError(f"{path} was written by another base than {out / 'base'}: run the rollouts again")
+            if set(file.keys()) != {"ids", "first", "end"}:
+                raise ValueError(f"{path} is not of this version: run the rollouts again")
     parts = [load_file(path) for path in files]
     mine = {name: torch.cat([part[name] for part in parts])[rank() :: num_ranks()].to(device) for name in parts[0]}
     return OwnRows(**mine)
@@ -196,7 +199,7 @@ def run_view(recipe: Recipe, corpus: Path, out: Path, device: torch.device) -> d
     model, own, stage = load_base(recipe, out, device), own_rows(out, device), recipe.view
     rows = training_rows(
         own, load_tokens(corpus, "train", out), rows_per_pass=stage.rows_per_pass, real_share=stage.real_share,
-        block_size=model.config.block_size, seed=recipe.seed + rank(),
+        seed=recipe.seed + rank(),
     )  # fmt: skip
     # Relative to the view file, so that the run's folder can be moved.
     saver = Saver(save=lambda: save_view(model, out / "view", base_id="../base", force=True))

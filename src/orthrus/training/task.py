@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from orthrus.model.modeling import OrthrusLM
 from orthrus.training.forward import LayerStep
 from orthrus.training.masters import keep_masters
+from orthrus.training.rows import Rows
 from orthrus.training.trainer import ViewTask
 
 
@@ -28,8 +29,10 @@ def draw_seed(seed: int, *, step: int, micro_batch: int, rank: int) -> int:
 class ViewTraining(nn.Module):
     """A dual-view model in training."""
 
-    def __init__(self, model: OrthrusLM, settings: Any, *, gradient_checkpointing: bool = False):
+    def __init__(self, model: OrthrusLM, settings: Any, *, isolated: bool, gradient_checkpointing: bool = False):
+        """`settings` has `blocks` and `objective`; `isolated` is as in `Rows`. The model is on its device already."""
         super().__init__()
+        self.isolated = isolated
         keep_masters(model)
         # Not as a submodule: each parameter is to be found once, in its layer's step or in what the layers share.
         self._whole = (model,)
@@ -49,9 +52,7 @@ class ViewTraining(nn.Module):
 
         `ids`, `document` and `reply` are [B, T] (training/rows.py); `seed` decides where the anchors stand.
         """
+        rows = Rows(ids, document, reply, isolated=self.isolated)
         generator = torch.Generator(ids.device).manual_seed(seed)
-        first_B = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-        last_B = first_B + ids.shape[1] - self.lm.config.block_size
-        anchors_BA = self.task.blocks.sample(first_B, last_B, ids.shape[1], generator)
-        loss, survival_J = self.task(ids, anchors_BA)
+        loss, survival_J = self.task(rows, self.task.blocks.sample(rows.anchorable_BT, generator))
         return loss, survival_J.detach()

@@ -26,6 +26,7 @@ from orthrus.training.loss import chunk_loss, chunked_view_loss, survival
 from orthrus.training.muon import Muon
 from orthrus.training.ranks import agree, average, num_ranks, once, rank
 from orthrus.training.recipe import BaseStage, Shape, Steps, ViewStage
+from orthrus.training.rows import Rows
 
 SAVE_SECONDS = 60.0
 """Time between two saves of a run."""
@@ -276,41 +277,30 @@ class ViewTask:
         self._passes = Passes(model, compiled=device.type == "cuda", steps=steps)
         self._one_chunk = self._passes.compile(chunk_loss)
 
-    def __call__(self, ids_BT: Tensor, anchors_BA: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, rows: Rows, anchors_BA: Tensor) -> tuple[Tensor, Tensor]:
         """Loss, and survival of the widest blocks (`loss.survival`). (), [K-1]."""
         blocks, stage = self.blocks, self.stage
+        document_BT = rows.document_BT if rows.isolated else None
         with torch.no_grad():
-            hidden_BTD, clean = self._passes.ar(ids_BT)
-        mask = block_mask(blocks, anchors_BA, num_clean=ids_BT.shape[1])
-        inputs = blocks.inputs(ids_BT, anchors_BA, self.model.config.mask_token_id)
+            hidden_BTD, clean = self._passes.ar(rows.ids_BT, rows.positions_BT, document_BT)
+        mask = block_mask(blocks, anchors_BA, num_clean=rows.ids_BT.shape[1], document_BT=document_BT)
+        inputs = blocks.inputs(rows, anchors_BA, self.model.config.mask_token_id)
         student_BQD = self._passes.blocks(inputs, clean, mask)
         loss, agrees_BQ = chunked_view_loss(
-            stage.objective, blocks, ids_BT, anchors_BA, hidden_BTD, student_BQD, self.model.lm_head.weight,
+            stage.objective, blocks, rows, anchors_BA, hidden_BTD, student_BQD, self.model.lm_head.weight,
             one_chunk=self._one_chunk,
         )  # fmt: skip
-        return loss, survival(blocks, agrees_BQ)
+        return loss, survival(blocks, blocks.supervised(rows.reply_BT, anchors_BA), agrees_BQ)
 
 
-def train_view(
-    model: OrthrusLM,
-    rows: Iterable[tuple[Tensor, Tensor, Tensor]],
-    stage: ViewStage,
-    *,
-    seed: int,
-    log: Log,
-    saver: Saver,
-) -> int:
-    """Train the diffusion view; returns the number of steps taken.
-
-    `rows` yields this rank's micro-batches for ever: ids [B, T], and the first and last position of an anchor in each
-    row, [B] both (a block must end inside its row: last <= T - K).
-    """
+def train_view(model: OrthrusLM, rows: Iterable[Rows], stage: ViewStage, *, seed: int, log: Log, saver: Saver) -> int:
+    """Train the diffusion view; returns the number of steps taken. `rows` yields this rank's micro-batches for ever."""
     device = next(model.parameters()).device
     task, batches = ViewTask(model, stage), iter(rows)
     generator = torch.Generator(device).manual_seed(seed + rank())
 
     def micro_batch() -> tuple[Tensor, Tensor]:
-        ids_BT, first_B, last_B = next(batches)
-        return task(ids_BT, task.blocks.sample(first_B, last_B, ids_BT.shape[1], generator))
+        batch = next(batches)
+        return task(batch, task.blocks.sample(batch.anchorable_BT, generator))
 
     return run_steps(model, model.view_parameters(), micro_batch, stage, log=log, saver=saver)
