@@ -119,7 +119,6 @@ def training_arguments(
         remove_unused_columns=False,
         use_cpu=not cuda,
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
     )
 
 
@@ -150,6 +149,8 @@ class OrthrusTrainer(Trainer):
         self.training = training
         self.num_skipped = self.num_skipped_in_a_row = 0
         self.was_stopped = False
+        self.rows_n: float | None = None
+        """N of greedy decoding from random anchors of training rows, in training's own mask, as last logged."""
         self._bad_loss = torch.zeros((), dtype=torch.bool, device=args.device)
         self._survival: list[Tensor] = []
         self._at_step, self._micro_batch = -1, 0
@@ -225,7 +226,7 @@ class OrthrusTrainer(Trainer):
         """As in Trainer, with what the drafts of rank 0's rows would have been worth (`loss.survival`)."""
         if "loss" in logs:
             survival_J = torch.stack(self._survival).float().mean(dim=0)
-            logs["rows_n"] = 1 + survival_J.sum().item()
+            logs["rows_n"] = self.rows_n = 1 + survival_J.sum().item()
             logs["skipped_steps"] = self.num_skipped
             self._survival = []
         super().log(logs, start_time)
