@@ -1,44 +1,158 @@
-"""Placeholder until the data branch is merged: text of a JSON Lines file, packed into rows."""
+"""The data of a training run: packed rows, made once from a source and read from disk as they are needed.
 
+    CACHE/KEY/index.json              settings, counts, fingerprint
+    CACHE/KEY/rows-00000.safetensors  ids int32, document int16, reply int16, [rows, T] each
+
+KEY is a hash of what the rows are made from: the content of the source, the settings, the tokenizer with its template.
+A folder appears whole or not at all, so what is there can be trusted.
+"""
+
+import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from orthrus.model.export import whole_folder
+from orthrus.training.documents import DataSettings, Part, open_source, read_documents
+from orthrus.training.packing import PackedRow, pack
+
+FORMAT = 1
+"""Goes into every key: rows that another version packed in another way are not found."""
+INDEX = "index.json"
+SHARD_ROWS = 4096
+COLUMNS = ("ids", "document", "reply")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataSettings:
-    """Where rows come from."""
+class PackedDataset(Dataset):
+    """Packed rows on disk, in a fixed order: item i is a dict of `ids`, `document` and `reply`, [T] int32 each.
 
-    path: str
-    """A JSON Lines file with `text`."""
-    row_tokens: int = 2048
-    packing: Literal["isolated", "concatenated"] = "isolated"
+    Meaning and numbering are those of `rows.Rows`. `fingerprint` is the SHA-256 of all rows and of the settings that
+    made them, wherever the source lies.
+    """
 
+    def __init__(self, folder: Path):
+        self.folder = folder
+        index = json.loads((folder / INDEX).read_text())
+        self.settings = DataSettings(**index["settings"])
+        self.fingerprint: str = index["fingerprint"]
+        self.counts: dict[str, int] = index["counts"]
+        self._open: dict[int, Any] = {}
 
-class PackedDataset(torch.utils.data.Dataset):
-    """Rows in a fixed order."""
-
-    def __init__(self, settings: DataSettings, tokenizer: Any):
-        ids: list[int] = []
-        for line in Path(settings.path).read_text().splitlines():
-            ids += [*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]
-        num = len(ids) // settings.row_tokens
-        self.ids = torch.tensor(ids[: num * settings.row_tokens], dtype=torch.int32).view(num, -1)
-        self.fingerprint = hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+    @property
+    def isolated(self) -> bool:
+        """Whether rows hold several documents that must not see one another: what `rows.Rows` is to be told."""
+        return self.settings.packing == "isolated"
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self.counts["rows"]
 
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        zeros = torch.zeros_like(self.ids[i])
-        return {"ids": self.ids[i], "document": zeros, "reply": zeros + 1}
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        shard, row = divmod(index % len(self), SHARD_ROWS)
+        if shard not in self._open:
+            file = safe_open(shard_path(self.folder, shard), framework="pt")
+            self._open[shard] = {name: file.get_slice(name) for name in COLUMNS}
+        return {name: column[row].int() for name, column in self._open[shard].items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Workers of a data loader open the files themselves."""
+        return self.__dict__ | {"_open": {}}
+
+    def describe(self) -> str:
+        """The counts in one line."""
+        counts = Counter(self.counts)
+        text = (
+            f"{counts['documents']:,} documents from {counts['source_rows']:,} rows of {self.settings.source} in "
+            f"{counts['rows']:,} rows of {self.settings.row_tokens:,} tokens; "
+            f"{counts['reply_tokens']:,} of {counts['tokens']:,} tokens are replies, {self.padding_share:.1%} padding"
+        )
+        for name in ("documents_without_reply", "documents_dropped", "documents_cut", "pieces_without_reply"):
+            text += f"; {name.replace('_', ' ')}: {counts[name]:,}" if counts[name] else ""
+        return text
+
+    @property
+    def padding_share(self) -> float:
+        """Share of all places that hold no token."""
+        return 1 - self.counts["tokens"] / (len(self) * self.settings.row_tokens)
 
 
-def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch of rows, int64 [B, T]."""
-    return {name: torch.stack([item[name] for item in items]).long() for name in items[0]}
+def collate(items: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Items of a `PackedDataset` as a batch for `Rows.from_batch`: `ids`, `document` and `reply`, [B, T] int64 each."""
+    items = list(items)
+    return {name: torch.stack([item[name] for item in items]).long() for name in COLUMNS}
+
+
+def packed_dataset(settings: DataSettings, tokenizer: Any, *, cache: Path) -> PackedDataset:
+    """The packed rows of a source, from the cache or made now.
+
+    Raises `ValueError` naming what is wrong with the source, or that nothing in it can be learnt from.
+    """
+    parts = open_source(settings)
+    folder = cache / cache_key(parts, settings, tokenizer)
+    if not (folder / INDEX).is_file():
+        with whole_folder(folder, force=False) as staging:
+            write_rows(parts, settings, tokenizer, staging)
+    return PackedDataset(folder)
+
+
+def write_rows(parts: list[Part], settings: DataSettings, tokenizer: Any, folder: Path) -> None:
+    """Read, pack and write all rows, and the index behind them."""
+    counts: Counter[str] = Counter()
+    documents = read_documents(parts, settings, tokenizer, counts)
+    bar = tqdm(documents, desc="packing", unit=" documents", disable=None)
+    rows = pack(bar, settings, counts)
+    digest = hashlib.sha256(json.dumps(settings_of(settings), sort_keys=True).encode())
+    for number, shard in enumerate(shards(rows)):
+        columns = {name: np.stack([getattr(row, name) for row in shard]) for name in COLUMNS}
+        for column in columns.values():
+            digest.update(column.tobytes())
+        save_file(columns, shard_path(folder, number))
+    bar.close()
+    if not counts["rows"]:
+        raise ValueError(
+            f"data.source: nothing to learn from in {settings.source}: {counts['source_rows']:,} rows, "
+            f"{counts['documents_without_reply']:,} documents without a reply of two tokens, "
+            f"{counts['documents_dropped']:,} dropped as too long, {counts['pieces_without_reply']:,} such pieces"
+        )
+    index = {"settings": dataclasses.asdict(settings), "counts": dict(counts), "fingerprint": digest.hexdigest()}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def shards(rows: Iterator[PackedRow]) -> Iterator[list[PackedRow]]:
+    """Rows in lists of at most `SHARD_ROWS`."""
+    while shard := list(islice(rows, SHARD_ROWS)):
+        yield shard
+
+
+def shard_path(folder: Path, number: int) -> str:
+    """Where a shard lies."""
+    return str(folder / f"rows-{number:05d}.safetensors")
+
+
+def settings_of(settings: DataSettings) -> dict[str, Any]:
+    """The settings less where the source lies: data that moved is the same data."""
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name != "source"}
+
+
+def cache_key(parts: list[Part], settings: DataSettings, tokenizer: Any) -> str:
+    """What rows are made from, as a name."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    made_from = [
+        FORMAT, SHARD_ROWS, settings_of(settings), [part.identity for part in parts], vocabulary,
+        tokenizer.chat_template,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:24]
