@@ -110,7 +110,10 @@ class HeldOutPrompts(TrainerCallback):
             )
         stats = all_ranks(stats, device)
         self.n.append((step, stats.tokens_per_cycle))
+        control = self.trainer.control
+        is_due = control.should_log  # Trainer takes a report for the one that is due, and would leave that out
         self.trainer.log({"eval_n": stats.tokens_per_cycle, "eval_tpf": stats.tokens_per_forward, **kept(stats)})
+        control.should_log = is_due
         if step >= self.settings.warn_after and stats.tokens_per_cycle < self.settings.warn_below:
             self.warn(step, stats.tokens_per_cycle)
         return stats
@@ -126,9 +129,9 @@ class HeldOutPrompts(TrainerCallback):
 
 
 def kept(stats: DecodingStats) -> dict[str, float]:
-    """eval_kept_J: share of the cycles that drafted a J-th token and kept it, J counted from 1."""
+    """eval_kept_J: share of the cycles with a J-th draft that kept it, J counted from 1 up to the last ever kept."""
     pairs = zip(stats.accepted_per_position, stats.drafted_per_position, strict=True)
-    return {f"eval_kept_{j}": num / drafted for j, (num, drafted) in enumerate(pairs, start=1) if drafted}
+    return {f"eval_kept_{j}": num / drafted for j, (num, drafted) in enumerate(pairs, start=1) if num}
 
 
 # --- prompts -----------------------------------------------------------------------------------------------------
@@ -161,7 +164,9 @@ def beginnings_of(item: dict[str, Tensor]) -> Iterator[list[int]]:
             yield ids[:length]
 
 
-def prompts_of_file(path: str, tokenizer: PreTrainedTokenizerBase, num_prompts: int) -> list[list[int]]:
+def prompts_of_file(
+    path: str, tokenizer: PreTrainedTokenizerBase, num_prompts: int, template_options: dict[str, Any]
+) -> list[list[int]]:
     """Token ids of a JSON Lines file's prompts: `prompt`, plain text, or `messages`, a conversation before a reply."""
     prompts: list[list[int]] = []
     try:
@@ -170,13 +175,16 @@ def prompts_of_file(path: str, tokenizer: PreTrainedTokenizerBase, num_prompts: 
         raise ValueError(f"evaluation.prompts: {path} cannot be read: {error}") from None
     for number, line in enumerate(lines, start=1):
         if line.strip() and len(prompts) < num_prompts:
-            prompts.append(prompt_of(line, tokenizer, where=f"evaluation.prompts: {path}, line {number}"))
+            where = f"evaluation.prompts: {path}, line {number}"
+            prompts.append(prompt_of(line, tokenizer, template_options, where=where))
     if not prompts:
         raise ValueError(f"evaluation.prompts: {path} holds no prompt")
     return prompts
 
 
-def prompt_of(line: str, tokenizer: PreTrainedTokenizerBase, *, where: str) -> list[int]:
+def prompt_of(
+    line: str, tokenizer: PreTrainedTokenizerBase, template_options: dict[str, Any], *, where: str
+) -> list[int]:
     """Token ids of one line."""
     try:
         record = json.loads(line)
@@ -188,6 +196,6 @@ def prompt_of(line: str, tokenizer: PreTrainedTokenizerBase, *, where: str) -> l
         if not tokenizer.chat_template:
             raise ValueError(f"{where}: `messages`, but the base has no chat template")
         return tokenizer.apply_chat_template(
-            record["messages"], add_generation_prompt=True, tokenize=True, return_dict=False, enable_thinking=False
+            record["messages"], add_generation_prompt=True, tokenize=True, return_dict=False, **template_options
         )
     raise ValueError(f"{where}: needs `prompt` (text) or `messages` (a list)")

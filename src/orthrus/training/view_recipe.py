@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from orthrus.training.data import DataSettings
+from orthrus.training.documents import DataSettings
 from orthrus.training.loss import Objective
 from orthrus.training.recipe import Recipe, build, digest, read_settings
 
@@ -196,11 +196,12 @@ def passes_per_step(train: TrainSettings, num_ranks: int) -> int:
 
 
 NOT_THE_RUN = (
-    "name", "train.log_steps", "train.save_steps", "train.keep_checkpoints", "train.data_workers", "train.report_to",
+    "name", "data.source", "model.base", "train.log_steps", "train.save_steps", "train.keep_checkpoints", "train.data_workers", "train.report_to",
     "train.push_to_hub", "train.hub_model_id", "train.max_skipped_steps", "evaluation.every", "evaluation.prompts",
     "evaluation.num_prompts", "evaluation.max_new_tokens", "evaluation.warn_after", "evaluation.warn_below",
 )  # fmt: skip
-"""Settings that may change when a run is resumed: they do not reach a weight."""
+"""Settings that may change when a run is resumed: they do not reach a weight. Data and base may have moved: it is their
+fingerprints that must be the same."""
 
 
 def settings_of_run(recipe: ViewRecipe) -> dict[str, Any]:
