@@ -46,9 +46,7 @@ def refuse(given: dict[str, Any], why: str) -> None:
         raise ValueError(f"{wrong[0]}: {why}")
 
 
-def run_view(
-    recipe: Any, out: Path, *, device: str | None, resume: bool, dry: bool, inspect: int | None
-) -> None:
+def run_view(recipe: Any, out: Path, *, device: str | None, resume: bool, dry: bool, inspect: int | None) -> None:
     """A view's recipe: train it, or say what that would be."""
     from orthrus.environment import pick_device
     from orthrus.training.ranks import join_ranks, leave_ranks, rank

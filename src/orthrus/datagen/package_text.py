@@ -1,6 +1,6 @@
 """Text to train on that is always there: this package's own modules as JSON Lines, one `text` a module.
 
-    python -m orthrus.datagen.package_text text.jsonl
+python -m orthrus.datagen.package_text text.jsonl
 """
 
 import json

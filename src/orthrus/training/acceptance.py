@@ -91,9 +91,7 @@ class HeldOutPrompts(TrainerCallback):
         if state.global_step == 0:
             self.look(state.global_step)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Look where a look is due."""
         if state.global_step % self.settings.every == 0 or state.global_step >= state.max_steps:
             self.look(state.global_step)

@@ -87,7 +87,7 @@ def activation_bytes(recipe: ViewRecipe, config: Any, num_clean: int, num_blocks
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    # Norms' and twins' inputs, queries before and after norm and rotation, the mixed values, gate, up and their product.
+    # Norms' and twins' inputs, queries before and after norm and rotation, mixed values, gate, up and their product.
     layer = num_blocks * (3 * hidden + 3 * queries + keys + 3 * inner) + 2 * keys * (num_clean + num_blocks)
     clean = layers * 2 * keys * num_clean
     kept = layers * num_blocks * hidden + layer if recipe.train.gradient_checkpointing else layers * layer
@@ -98,8 +98,7 @@ def report(found: Budget, recipe: ViewRecipe, *, num_ranks: int) -> str:
     """The budget as lines for a terminal."""
     train = recipe.train
     gib = {
-        name: getattr(found, f"{name}_bytes") / 2**30
-        for name in ("weight", "training", "activation", "loss", "total")
+        name: getattr(found, f"{name}_bytes") / 2**30 for name in ("weight", "training", "activation", "loss", "total")
     }
     spread = f"spread over {num_ranks} ranks" if train.sharding == "fsdp2" else "whole on every rank"
     return "\n".join(
@@ -112,8 +111,16 @@ def report(found: Budget, recipe: ViewRecipe, *, num_ranks: int) -> str:
             f"  activations        {gib['activation']:.1f} GiB ({train.rows_per_pass} rows a micro-batch"
             f"{', checkpointed' if train.gradient_checkpointing else ''})",
             f"  loss chunks        {gib['loss']:.1f} GiB",
-            f"arithmetic of a row  {found.row_flops / 1e12:.1f} TFLOP, of a step {found.step_flops / 1e15:.2f} PFLOP: "
-            "2 x weights x rows of teacher, block pass and its",
-            "                     two gradients, attention left out (training/budget.py)",
+            f"arithmetic of a row  {flop(found.row_flops)}, of a step {flop(found.step_flops)}: 2 x weights x rows of",
+            "                     the teacher's pass, the block pass and its two gradients; attention left out",
+            "                     (training/budget.py)",
         ]
     )
+
+
+def flop(number: int) -> str:
+    """A number of operations with three figures."""
+    for scale, name in ((1e15, "PFLOP"), (1e12, "TFLOP")):
+        if number >= scale:
+            return f"{number / scale:.3g} {name}"
+    return f"{number / 1e9:.3g} GFLOP"

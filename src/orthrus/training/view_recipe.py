@@ -136,7 +136,7 @@ class EvaluationSettings:
     held_out_rows: int = 16
     """The data's last rows, never trained on; prompts are the beginnings of their documents."""
     prompts: str | None = None
-    """A JSON Lines file of prompts (`prompt`: text, or `messages`) that takes the place of held-out rows' beginnings."""
+    """A JSON Lines file of prompts (`prompt`: text, or `messages`) in place of held-out rows' beginnings."""
     num_prompts: int = 16
     max_new_tokens: int = 128
     warn_after: int = 1000
@@ -196,9 +196,11 @@ def passes_per_step(train: TrainSettings, num_ranks: int) -> int:
 
 
 NOT_THE_RUN = (
-    "name", "data.source", "model.base", "train.log_steps", "train.save_steps", "train.keep_checkpoints", "train.data_workers", "train.report_to",
-    "train.push_to_hub", "train.hub_model_id", "train.max_skipped_steps", "evaluation.every", "evaluation.prompts",
-    "evaluation.num_prompts", "evaluation.max_new_tokens", "evaluation.warn_after", "evaluation.warn_below",
+    "name", "data.source", "model.base",
+    "train.log_steps", "train.save_steps", "train.keep_checkpoints", "train.data_workers", "train.report_to",
+    "train.push_to_hub", "train.hub_model_id", "train.max_skipped_steps",
+    "evaluation.every", "evaluation.prompts", "evaluation.num_prompts", "evaluation.max_new_tokens",
+    "evaluation.warn_after", "evaluation.warn_below",
 )  # fmt: skip
 """Settings that may change when a run is resumed: they do not reach a weight. Data and base may have moved: it is their
 fingerprints that must be the same."""

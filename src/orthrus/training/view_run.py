@@ -1,9 +1,9 @@
 """A run of a view recipe: `orthrus train --config RECIPE --out OUT`, from the files to a view that drafts.
 
-    OUT/rows/            the packed training rows (data.py)
-    OUT/log.jsonl        a line for each report
-    OUT/checkpoint-N/    what a run is resumed from (checkpoints.py)
-    OUT/                 when the run is finished: the view file in the base's dtype, and provenance.json
+OUT/rows/            the packed training rows (data.py)
+OUT/log.jsonl        a line for each report
+OUT/checkpoint-N/    what a run is resumed from (checkpoints.py)
+OUT/                 when the run is finished: the view file in the base's dtype, and provenance.json
 """
 
 import dataclasses
@@ -245,7 +245,8 @@ def base_digest(model: OrthrusLM) -> str:
         value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if rank() == 0:
             digest.update(name.encode())
-            digest.update(whole(value).contiguous().reshape(-1).view(torch.uint8).numpy())
+            data: Any = whole(value).contiguous().reshape(-1).view(torch.uint8).numpy()
+            digest.update(data)
     return digest.hexdigest()
 
 

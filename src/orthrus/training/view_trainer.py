@@ -10,13 +10,16 @@ Replaced, and why (docs/architecture.md has more):
     J = offsets of a draft in a block
 """
 
+import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
@@ -39,8 +42,6 @@ from orthrus.training.sharding import Sharded, fill, shard, whole
 from orthrus.training.stop import StopRequest
 from orthrus.training.task import ViewTraining, draw_seed
 from orthrus.training.view_recipe import TrainSettings, passes_per_step
-
-from safetensors.torch import load_file  # isort: skip
 
 STATES = ("exp_avg", "exp_avg_sq", "step")
 """What AdamW keeps for each parameter."""
@@ -68,14 +69,18 @@ class RowOrder:
 
     def __iter__(self) -> Iterator[list[int]]:
         rows, ranks, settings = self.settings.rows_per_pass, num_ranks(), self.settings
+        order = self._order(0)
         for step in range(self.num_steps):
             epoch, place = divmod(step, self.steps_per_epoch)
             if place == 0:
-                seed = draw_seed(self.seed, step=-1 - epoch, micro_batch=0, rank=0)
-                order = torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(seed))
+                order = self._order(epoch)
             for micro_batch in range(self.passes):
                 start = place * settings.rows_per_step + (micro_batch * ranks + rank()) * rows
                 yield order[start : start + rows].tolist()
+
+    def _order(self, epoch: int) -> Tensor:
+        seed = draw_seed(self.seed, step=-1 - epoch, micro_batch=0, rank=0)
+        return torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(seed))
 
 
 def num_steps_of(train: TrainSettings, num_rows: int) -> int:
@@ -124,8 +129,6 @@ def training_arguments(
 
 def world_size() -> int:
     """Processes of the run as torchrun says, before they are joined."""
-    import os
-
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -145,7 +148,8 @@ class OrthrusTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ):
         """`run_facts` goes into every checkpoint's run.json; `stop` is asked after every step."""
-        self.settings, self.run_facts, self.stop = settings, run_facts, stop or StopRequest()
+        self.settings, self.run_facts = settings, run_facts
+        self.stop = StopRequest() if stop is None else stop
         self.training = training
         self.num_skipped = self.num_skipped_in_a_row = 0
         self.was_stopped = False
@@ -284,8 +288,6 @@ class OrthrusTrainer(Trainer):
 
     def _trainer_state(self) -> dict[str, Any]:
         """Trainer's state without those of callbacks: none here keeps any."""
-        import dataclasses
-
         return dataclasses.asdict(self.state) | {"stateful_callbacks": {}}
 
     def _random_states(self) -> dict[str, Tensor]:
