@@ -50,7 +50,7 @@ def interrupted(*plan: dict[str, Any], ranks: int = 1) -> subprocess.CompletedPr
     root = Path(__file__).parents[2]
     paths = f"{root / 'src'}:{root}"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
 def arguments(recipe: Path, out: Path, *more: str) -> list[str]:
