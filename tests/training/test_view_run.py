@@ -43,14 +43,18 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def interrupted(*plan: dict[str, Any], ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """The program of interruption.py, alone or under torchrun."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [*(launch if ranks > 1 else [sys.executable]), PROGRAM, json.dumps(plan)]
+def interrupted(base: Path, *plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the program of interruption.py says of each run."""
+    environment = program_environment()
+    command = [sys.executable, PROGRAM, json.dumps(plan), str(base)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def program_environment() -> dict[str, str]:
     root = Path(__file__).parents[2]
-    paths = f"{root / 'src'}:{root}"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{root / 'src'}:{root}"}
 
 
 def arguments(recipe: Path, out: Path, *more: str) -> list[str]:
@@ -111,10 +115,31 @@ def test_sigterm_saves_and_resuming_equals_one_run(whole: Path, recipe: Path, mo
     assert not same_states(whole, out)
 
 
-def test_sigkill_and_resuming_equals_one_run(whole: Path, recipe: Path) -> None:
+@pytest.fixture(scope="module")
+def history(recipe: Path) -> dict[str, dict[str, Any]]:
+    """Runs of one and two ranks in processes of their own, by their folder and what was done to them."""
+    plan: dict[str, dict[str, Any]] = {}
+
+    def add(name: str, ranks: int, sharding: str, *more: str, **happens: Any) -> None:
+        out = recipe.parent / name.split(" ")[0]
+        settings = [f"train.sharding={sharding}", "evaluation.every=6"]
+        plan[name] = {"arguments": arguments(recipe, out, *settings, *more), "ranks": ranks, **happens}
+
+    add("killed", 1, "ddp", step=3, signal="SIGKILL")
+    for kind in ("ddp", "fsdp2"):
+        add(f"{kind}-whole", 2, kind)
+        add(f"{kind}-term", 2, kind, step=2, signal="SIGTERM", rank=1)
+        add(f"{kind}-term again", 2, kind, "--resume")
+        add(f"{kind}-kill", 2, kind, step=3, signal="SIGKILL")
+        add(f"{kind}-kill again", 2, kind, "--resume")
+        add(f"{kind}-nan", 2, kind, step=2, nan=True, rank=1)
+    return dict(zip(plan, interrupted(recipe.parent / "base", *plan.values()), strict=True))
+
+
+def test_sigkill_and_resuming_equals_one_run(whole: Path, recipe: Path, history: dict[str, dict[str, Any]]) -> None:
     out = recipe.parent / "killed"
-    killed = interrupted({"arguments": arguments(recipe, out), "step": 3, "signal": "SIGKILL"})
-    assert killed.returncode == -signal.SIGKILL and find_checkpoint(out) == out / "checkpoint-2", killed.stderr
+    assert history["killed"]["codes"] == [-signal.SIGKILL], history["killed"]["output"]
+    assert find_checkpoint(out) == out / "checkpoint-2"
     shutil.copytree(out / "checkpoint-2", out / "checkpoint-5")
     (out / "checkpoint-5" / "run.json").unlink()  # as a write that was cut off might leave it
     (out / ".checkpoint-4.part").mkdir()
@@ -122,44 +147,49 @@ def test_sigkill_and_resuming_equals_one_run(whole: Path, recipe: Path) -> None:
     assert not same_states(whole, out)
 
 
-def test_two_ranks_stop_skip_and_go_on_as_one_run(recipe: Path) -> None:
-    """DDP and FSDP2; SIGTERM that reaches one rank, SIGKILL that reaches all, a loss that is NaN on one rank."""
-    folder = recipe.parent
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_ranks_stop_or_die_and_go_on_as_one_run(
+    recipe: Path, history: dict[str, dict[str, Any]], kind: str
+) -> None:
+    """SIGTERM that reaches one rank has both save and leave; SIGKILL reaches both."""
+    assert history[f"{kind}-whole"]["codes"] == [0, 0], history[f"{kind}-whole"]["output"]
+    stopped = history[f"{kind}-term"]
+    assert stopped["codes"] == [0, 0] and "stopped at step 3" in stopped["output"], stopped["output"]
+    assert history[f"{kind}-kill"]["codes"] == [-signal.SIGKILL] * 2
+    for name in ("term", "kill"):
+        again = history[f"{kind}-{name} again"]
+        assert again["codes"] == [0, 0], again["output"]
+        assert not same_states(recipe.parent / f"{kind}-whole", recipe.parent / f"{kind}-{name}")
 
-    def of(name: str, sharding: str, *more: str) -> list[str]:
-        return arguments(recipe, folder / name, f"train.sharding={sharding}", *more)
 
-    def runs(sharding: str) -> list[dict[str, Any]]:
-        return [
-            {"arguments": of(f"{sharding}-whole", sharding)},
-            {"arguments": of(f"{sharding}-term", sharding), "step": 2, "signal": "SIGTERM", "rank": 1},
-            {"arguments": of(f"{sharding}-term", sharding, "--resume")},
-            {"arguments": of(f"{sharding}-nan", sharding), "step": 2, "nan_rank": 1},
-        ]
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_loss_that_is_nan_on_one_rank_is_skipped_by_all(
+    recipe: Path, history: dict[str, dict[str, Any]], kind: str
+) -> None:
+    done = history[f"{kind}-nan"]
+    assert done["codes"] == [0, 0] and "step 3 skipped on all ranks" in done["output"], done["output"]
+    facts = json.loads((recipe.parent / f"{kind}-nan" / "provenance.json").read_text())
+    assert facts["result"]["num_skipped"] == 1
+    weights = load_file(recipe.parent / f"{kind}-nan" / "model.safetensors").values()
+    assert all(tensor.isfinite().all() for tensor in weights), "one rank's NaN reached the weights"
 
-    def killed(sharding: str) -> dict[str, Any]:
-        return {"arguments": of(f"{sharding}-kill", sharding), "step": 3, "signal": "SIGKILL"}
 
-    first = interrupted(*runs("ddp"), killed("ddp"), ranks=2)
-    assert first.stdout.count("ended 0") == 8, first.stderr[-3000:]
-    resumed = {"arguments": of("ddp-kill", "ddp", "--resume")}
-    second = interrupted(resumed, *runs("fsdp2"), killed("fsdp2"), ranks=2)
-    assert second.stdout.count("ended 0") == 10, second.stderr[-3000:]
-    third = interrupted({"arguments": of("fsdp2-kill", "fsdp2", "--resume")}, ranks=2)
-    assert third.stdout.count("ended 0") == 2, third.stderr[-3000:]
-    for sharding in ("ddp", "fsdp2"):
-        for name in ("term", "kill"):
-            assert not same_states(folder / f"{sharding}-whole", folder / f"{sharding}-{name}"), (sharding, name)
-        skipped = load_file(folder / f"{sharding}-nan" / "model.safetensors")
-        assert all(tensor.isfinite().all() for tensor in skipped.values()), "one rank's NaN reached the weights"
-        facts = json.loads((folder / f"{sharding}-nan" / "provenance.json").read_text())
-        assert facts["result"]["num_skipped"] == 1
-    for output in (first.stdout, second.stdout):
-        assert output.count("step 3 skipped on all ranks") == 1
-    one, other = (load_file(folder / f"{sharding}-whole" / "model.safetensors") for sharding in ("ddp", "fsdp2"))
+def test_ddp_and_fsdp2_train_alike(recipe: Path, history: dict[str, dict[str, Any]]) -> None:
+    assert history
+    one, other = (load_file(recipe.parent / f"{kind}-whole" / "model.safetensors") for kind in ("ddp", "fsdp2"))
     for name in one:
-        # Gradients are summed in another order.
-        assert (one[name] - other[name]).abs().max() < 1e-4, f"{name}: DDP and FSDP2 train differently"
+        # Gradients are summed in another order; a step moves a weight by up to 1e-3.
+        assert (one[name] - other[name]).abs().max() < 1e-4, name
+
+
+def test_torchrun_trains_as_any_two_processes_do(recipe: Path, history: dict[str, dict[str, Any]]) -> None:
+    out = recipe.parent / "torchrun"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "orthrus"]
+    settings = ["train.sharding=fsdp2", "evaluation.every=6"]
+    command = [*launch, "train", *arguments(recipe, out, *settings)]
+    done = subprocess.run(command, capture_output=True, text=True, env=program_environment(), timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not same_states(recipe.parent / "fsdp2-whole", out)
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_too_many_end_the_run(
@@ -212,7 +242,6 @@ def test_another_recipe_is_not_resumed(recipe: Path, whole: Path, tmp_path: Path
 def test_what_does_not_reach_a_weight_may_change(recipe: Path, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole / "checkpoint-4", tmp_path / "out" / "checkpoint-4")
     shutil.copy(recipe.parent / "text.jsonl", tmp_path / "moved.jsonl")
-    changes = [f"data.source={tmp_path / 'moved.jsonl'}", "evaluation.every=0", "evaluation.held_out_rows=3"]
     changes = [f"data.source={tmp_path / 'moved.jsonl'}", "train.save_steps=3", "evaluation.num_prompts=1"]
     run("train", "--config", recipe, "--out", tmp_path / "out", "--resume", *changes)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
@@ -232,9 +261,7 @@ def test_dry_run_says_what_it_would_take_and_leaves_a_loadable_view(recipe: Path
     run("train", "--config", recipe, "--out", tmp_path / "out", "train.num_steps=1", "evaluation.every=0")
 
 
-def test_the_finished_view_is_uploaded_alone(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_finished_view_is_uploaded_alone(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr("huggingface_hub.create_repo", lambda repo_id, **options: None)
     monkeypatch.setattr("huggingface_hub.upload_folder", lambda **options: calls.append(options))
