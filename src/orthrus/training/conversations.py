@@ -13,29 +13,36 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+BEGIN, END = "\ue000\ue010", "\ue000\ue011"
+"""Where a marked reply begins and ends, while its text is looked for: characters that no language has."""
 
 Encoded = tuple[list[int], list[int]]
 """Token ids, and the reply of each from 1 (0: none)."""
 Messages = list[dict[str, Any]]
 
 
+def visible_mark(mark: re.Match) -> str:
+    """A `{% generation %}` or `{% endgeneration %}` as a block that prints where it stands."""
+    return f"{{%{mark[1]} if true %}}{{{{ '{END if mark[2] else BEGIN}' }}}}{{% endif {mark[3]}%}}"
+
+
 class ConversationEncoder:
     """Conversations as token ids and replies, by one tokenizer's chat template.
 
-    Raises `ValueError` for a tokenizer without a template, and for an option that its template never reads. Switching
-    off (`false`, `null`) what a template does not have is no mistake.
+    The tokenizer must have a template. Raises `ValueError` for an option that it never reads; switching off (`false`,
+    `null`) what a template does not have is no mistake.
     """
 
     def __init__(self, tokenizer: Any, options: dict[str, Any]):
         self.tokenizer, self.options = tokenizer, options
-        if not tokenizer.chat_template:
-            raise ValueError("data.source has conversations, and the base's tokenizer has no chat template")
         template = tokenizer.get_chat_template()
         unread = [name for name, value in options.items() if value not in (False, None) and name not in template]
         if unread:
             raise ValueError(f"data.template_options: the base's chat template never reads {unread[0]!r}")
         self.marks_replies = bool(GENERATION.search(template))
+        # Between two blocks, so that the template's own marks keep what they do to the blanks around them.
+        self.visible_marks = GENERATION.sub(visible_mark, template)
 
     def whole(self, messages: Messages, where: str) -> Iterable[Encoded]:
         """The whole conversation, without a word on who wrote what."""
@@ -86,15 +93,21 @@ class ConversationEncoder:
         return ids, reply
 
     def _marked(self, messages: Messages, where: str) -> Encoded:
-        """The conversation with its replies as the template marks them."""
-        with_mask = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-        encoded = self._apply(messages, where, **with_mask)
-        number, before, reply = 0, 0, []
-        for mark in encoded["assistant_masks"]:
-            number += mark > before
-            before = mark
-            reply.append(number * mark)
-        return list(encoded["input_ids"]), reply
+        """The conversation with its replies as the template marks them.
+
+        The tokenizer can say which tokens those are, but only of a text that was encoded as a whole.
+        """
+        text, spans, start = "", [], 0
+        for part in re.split(f"({BEGIN}|{END})", self._render(messages, where, chat_template=self.visible_marks)):
+            if part == BEGIN:
+                start = len(text)
+            elif part == END:
+                spans.append((start, len(text)))
+            else:
+                text += part
+        if text != self._render(messages, where) or not spans:
+            raise ValueError(f"{where}: the replies that the chat template marks cannot be told from its text")
+        return self._pieces(text, spans)
 
     def _render(self, messages: Messages, where: str, **options: Any) -> str:
         return self._apply(messages, where, tokenize=False, **options)

@@ -1,7 +1,7 @@
 """Documents for training, read from what people have: the base's own answers, conversations, or plain text.
 
-A source is a set of local Parquet or JSONL files, or a data set on the Hub. What its columns are decides how a row of it
-becomes documents:
+A source is a set of local Parquet or JSONL files, or a data set on the Hub. Its columns decide how a row of it becomes
+documents:
 
     prompt_ids, response_ids   what `orthrus datagen` writes: the reply is the response, token for token
     messages                   a conversation, through the base's chat template: the replies are the assistant's turns
@@ -139,6 +139,7 @@ def local_files(source: str) -> list[Path] | None:
 def folder_files(folder: Path) -> list[Path]:
     """The files of a folder and the folders in it, sorted, without those whose name begins with a dot."""
     found = sorted(folder.rglob("*"))
+    found = [file for file in found if file.is_file()]
     found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     tables, lines = ([file for file in found if file.suffix == suffix] for suffix in KINDS)
     if tables and lines and not (folder / MANIFEST).is_file():
@@ -154,19 +155,20 @@ def file_part(path: Path) -> Part:
         raise ValueError(f"data.source: {path} is empty")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    name, dataset = (
-        str(path),
-        load(str(path), KINDS[path.suffix], data_files=[str(path)], split="train", streaming=True),
-    )
-    return part_of(name, digest, dataset)
+    # A name is a pattern to `datasets`, so what would be special in one is escaped.
+    files = [glob.escape(str(path))]
+    dataset = load(str(path), KINDS[path.suffix], data_files=files, split="train", streaming=True)
+    return part_of(str(path), digest, dataset)
 
 
 def hub_part(settings: DataSettings) -> Part:
     """A data set on the Hub, downloaded into `datasets`' own cache."""
     name = f"{settings.source} (Hub)"
     dataset = load(name, settings.source, settings.config, revision=settings.revision, split=settings.split or "train")
-    # The cache's path names the data set's commit.
-    return part_of(name, " ".join(file["filename"] for file in dataset.cache_files), dataset)
+    # The files of `datasets`' cache lie under a name that has the data set's commit in it.
+    files = [file["filename"] for file in dataset.cache_files]
+    asked_for = [settings.source, settings.revision, settings.config, settings.split]
+    return part_of(name, json.dumps([asked_for, files]), dataset)
 
 
 def load(name: str, *arguments: Any, **options: Any) -> Any:
@@ -252,6 +254,8 @@ def encoder_of(
         return lambda row, where: [ids_document(row, where, num_ids=len(tokenizer))]
     if part.columns == ("text",):
         return lambda row, where: [text_document(row, where, tokenizer)]
+    if not tokenizer.chat_template:
+        raise ValueError(f"data.source: {part.name} has conversations, and the base's tokenizer has no chat template")
     conversations = ConversationEncoder(tokenizer, settings.template_options)
 
     def encode(row: dict[str, Any], where: str) -> Iterator[Document]:

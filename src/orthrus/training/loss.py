@@ -228,5 +228,5 @@ def survival(blocks: Blocks, supervised_BQ: Tensor, agrees_BQ: Tensor) -> Tensor
     widest = max(range(len(blocks.groups)), key=lambda group: blocks.groups[group][0])
     agrees_BAJ, supervised_BAJ = (blocks.split(x_BQ)[widest][..., :-1] for x_BQ in (agrees_BQ, supervised_BQ))
     # Supervised offsets come first in a block, so all before a supervised one are supervised too.
-    lives_BAJ = agrees_BAJ.cumprod(dim=-1) * supervised_BAJ
+    lives_BAJ = agrees_BAJ.long().cumprod(dim=-1) * supervised_BAJ
     return lives_BAJ.sum(dim=(0, 1)) / supervised_BAJ.sum(dim=(0, 1)).clamp(min=1)
