@@ -50,11 +50,11 @@ def run_view(recipe: Any, out: Path, *, device: str | None, resume: bool, dry: b
     """A view's recipe: train it, or say what that would be."""
     from orthrus.environment import pick_device
     from orthrus.training.ranks import join_ranks, leave_ranks, rank
-    from orthrus.training.view_run import dry_run, inspect_row, train_view_recipe
+    from orthrus.training.view_run import dry_run, show_row, train_view_recipe
 
     where = pick_device(device)
     if inspect is not None:
-        inspect_row(recipe, out, inspect)
+        show_row(recipe, out, inspect)
         return
     if dry:
         print(json.dumps(dry_run(recipe, out)), flush=True)

@@ -15,6 +15,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
+from rich.console import Console
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Subset
@@ -26,14 +27,17 @@ from orthrus.model.export import save_view, spare_token
 from orthrus.model.modeling import OrthrusLM
 from orthrus.model.tensors import read_json
 from orthrus.training.acceptance import HeldOutPrompts, beginnings, prompts_of_file
+from orthrus.training.anchors import Blocks
 from orthrus.training.budget import budget, report
 from orthrus.training.checkpoints import clear_halves, find_checkpoint, read_run
 from orthrus.training.data import PackedDataset, collate, packed_dataset
+from orthrus.training.inspect import inspect_row
 from orthrus.training.provenance import provenance, write_provenance
 from orthrus.training.ranks import num_ranks, once, rank
+from orthrus.training.rows import Rows
 from orthrus.training.sharding import whole
 from orthrus.training.stop import StopRequest
-from orthrus.training.task import ViewTraining
+from orthrus.training.task import ViewTraining, draw_seed
 from orthrus.training.view_recipe import BUNDLED_BASE, ViewRecipe, passes_per_step, settings_of_run
 from orthrus.training.view_trainer import (
     OrthrusTrainer,
@@ -302,6 +306,16 @@ def dry_run(recipe: ViewRecipe, out: Path) -> dict[str, Any]:
     return dataclasses.asdict(found) | {"total_bytes": found.total_bytes, "out": str(out)}
 
 
-def inspect_row(recipe: ViewRecipe, out: Path, number: int) -> None:
-    """Print one training row with its mask."""
-    raise ValueError("--inspect: not there yet")
+def show_row(recipe: ViewRecipe, out: Path, number: int) -> None:
+    """Print one training row as `inspect.inspect_row` shows it, with anchors as a first step would draw them."""
+    quiet()
+    tokenizer = load_tokenizer(base_source(recipe), revision=recipe.model.revision)
+    out.mkdir(parents=True, exist_ok=True)
+    data = packed_dataset(recipe.data, tokenizer, cache=out / "rows")
+    if not 0 <= number < len(data):
+        raise ValueError(f"--inspect: row {number} is not in 0 .. {len(data) - 1}")
+    rows, blocks = Rows.from_batch(collate([data[number]]), isolated=data.isolated), Blocks.of(recipe.view.blocks)
+    generator = torch.Generator().manual_seed(draw_seed(recipe.seed, step=0, micro_batch=0, rank=0))
+    anchors_1A = blocks.sample(rows.anchorable_BT, generator)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(inspect_row(rows, tokenizer, blocks, anchors_1A, coloured=console.is_terminal))
