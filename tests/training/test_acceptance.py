@@ -47,9 +47,20 @@ def base_loss(model: Any) -> Tensor:
 def new_model() -> Any:
     return OrthrusLM(
         OrthrusConfig(
-            vocab_size=MODULUS + 1, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=12, max_position_embeddings=256, tie_word_embeddings=False,
-            block_size=BLOCK, mask_token_id=MODULUS, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+            vocab_size=MODULUS + 1,
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=12,
+            max_position_embeddings=256,
+            tie_word_embeddings=False,
+            block_size=BLOCK,
+            mask_token_id=MODULUS,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
         )  # fmt: skip
     )
 

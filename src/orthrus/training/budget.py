@@ -75,11 +75,22 @@ def budget(recipe: ViewRecipe, config: Any, *, num_ranks: int) -> Budget:
         num_frozen=frozen,
         row_flops=row_flops,
         step_flops=row_flops * recipe.train.rows_per_step,
-        weight_bytes=frozen * item // shards + (view * item // shards if item < 4 else 0),
+        weight_bytes=weight_bytes(model, frozen, view, item=item, shards=shards),
         training_bytes=view * MASTER_BYTES // shards,
         activation_bytes=recipe.train.rows_per_pass * activation_bytes(recipe, config, num_clean, num_blocks, item),
         loss_bytes=CHUNK_COPIES * 4 * min(CHUNK_ELEMENTS, recipe.train.rows_per_pass * num_blocks * config.vocab_size),
     )
+
+
+def weight_bytes(model: Any, frozen: int, view: int, *, item: int, shards: int) -> int:
+    """A rank's base and its view in the base's dtype; of spread weights also what is whole at a time: what the layers
+    share, and two layers (one in work, the next on its way)."""
+    whole = (frozen + (view if item < 4 else 0)) * item  # a view in fp32 is its own compute copy
+    if shards == 1:
+        return whole
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    outside = frozen + view - layer * len(model.model.layers)
+    return whole // shards + (outside + 2 * layer) * item
 
 
 def activation_bytes(recipe: ViewRecipe, config: Any, num_clean: int, num_blocks: int, item: int) -> int:
