@@ -1,10 +1,9 @@
 """`orthrus train` that is hit by a signal, or by numbers that are not finite, at a given step: run as a program.
 
 interruption.py PLAN BASE: a JSON list of runs, each {"arguments": [...], "ranks": N} and perhaps what happens,
-"signal": "SIGKILL" or "nan": true, then also at which "step" and, unless it happens to all, to which "rank". Each run's ranks
+"signal": "SIGKILL" or "nan": true, then also at which "step" and, unless it happens to all, to which "rank". The ranks
 are processes of their own, forked from this one so that importing torch is paid for once; their environment is what
-torchrun gives. A line of JSON for each run: the ranks' exit codes (minus the signal that ended one), and rank 0's
-output.
+torchrun gives. A line of JSON for each run: the ranks' exit codes (minus the signal that ended one), rank 0's output.
 """
 
 import gc
