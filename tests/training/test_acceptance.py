@@ -75,8 +75,9 @@ class Rows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {"ids": self.ids[i], "document": self.ids[i] * 0, "reply": self.ids[i] * 0 + 1}
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = self.ids[index]
+        return {"ids": ids, "document": torch.zeros_like(ids), "reply": torch.ones_like(ids)}
 
 
 def train(counter: dict[str, Tensor], out: Path) -> HeldOutPrompts:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from orthrus.cli.app import app
+from orthrus.datagen import package_text
 from orthrus.model.checkpoint import load_model
 from orthrus.training import view_trainer
 from orthrus.training.checkpoints import complete, find_checkpoint
@@ -268,3 +269,17 @@ def test_the_finished_view_is_uploaded_alone(recipe: Path, tmp_path: Path, monke
     hub = ["train.push_to_hub=true", "train.hub_model_id=me/view", "train.num_steps=1", "evaluation.every=0"]
     run("train", "--config", recipe, "--out", tmp_path / "out", *hub)
     assert calls[0]["repo_id"] == "me/view" and "checkpoint-*/*" in calls[0]["ignore_patterns"]
+
+
+def test_the_smoke_recipe_raises_n(tmp_path: Path) -> None:
+    """A short piece of it: on the bundled base, N on prompts that no step has seen is higher after it than before."""
+    package_text.main(str(tmp_path / "text.jsonl"))
+    shorter = [
+        "train.num_steps=10", "train.rows_per_step=2", "train.rows_per_pass=2", "evaluation.every=10",
+        "evaluation.num_prompts=4", "evaluation.max_new_tokens=24", "data.max_rows=8",
+    ]  # fmt: skip
+    smoke = Path(__file__).parents[2] / "recipes" / "smoke_cpu.yaml"
+    source = f"data.source={tmp_path / 'text.jsonl'}"
+    result = run("train", "--config", smoke, "--out", tmp_path / "out", source, *shorter)
+    (_, first), (_, last) = last_json(result.output)["n"]
+    assert last > first + 0.05, (first, last)

@@ -1,5 +1,7 @@
 """A micro-batch as a module: fp32 weights, the base's arithmetic, and which rows and anchors come when."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -53,7 +55,7 @@ def test_what_is_computed_is_what_the_saved_view_computes(tiny_config: OrthrusCo
 
 def test_steps_too_small_for_bf16_add_up(tiny_config: OrthrusConfig) -> None:
     training = ViewTraining(new_model(tiny_config), SETTINGS, isolated=False)
-    parameter = training.lm.view_parameters()["model.layers.0.self_attn.q_norm_diff.weight"]
+    parameter: Any = training.lm.view_parameters()["model.layers.0.self_attn.q_norm_diff.weight"]
     assert parameter[0] == 1
     optimiser = torch.optim.AdamW([parameter], lr=1e-4, weight_decay=0.0)
     for _ in range(100):
