@@ -248,6 +248,41 @@ def test_what_does_not_reach_a_weight_may_change(recipe: Path, whole: Path, tmp_
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["train.sharding=fsdp2"], "train.sharding fsdp2 spreads weights over ranks, and this is one"),
+        (["train.report_to=[trackio]"], "train.report_to: trackio is not installed here"),
+        (["model.restart_view=true"], "model.restart_view:"),
+        (["model.mask_token_id=264"], "mask_token_id 264 is outside the embedding"),
+        (["evaluation.held_out_rows=90"], "evaluation.held_out_rows 90 leaves none"),
+        (["train.rows_per_step=80"], "fewer than the 80 of one step"),
+        (["evaluation.prompts=nowhere.jsonl"], "evaluation.prompts: nowhere.jsonl cannot be read"),
+        (["data.source=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--stages", "base"], "--stages: only the bundled model's recipe has stages"),
+        (["--corpus", "x"], "--corpus: only the bundled model's recipe has stages and a corpus"),
+        (["--dry-run", "--resume"], "--dry-run goes with neither"),
+        (["--inspect", "900"], "--inspect: row 900 is not in 0 .. "),
+        (["--device", "meta"], "--device meta"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(
+    recipe: Path, tmp_path: Path, change: list[str], message: str
+) -> None:
+    assert message in refused("train", "--config", recipe, "--out", tmp_path / "out", *change)
+
+
+def test_options_that_a_bundled_recipe_does_not_have_are_refused(tmp_path: Path) -> None:
+    tiny = next((Path(__file__).parents[2] / "recipes").glob("tiny-python_*.yaml"))
+    arguments = ["train", "--config", tiny, "--out", tmp_path / "out"]
+    assert "--dry-run" in refused(*arguments, "--dry-run")
+    assert "give --corpus" in refused(*arguments)
+
+
+def test_a_row_is_shown(recipe: Path, tmp_path: Path) -> None:
+    assert "who sees whom" in run("train", "--config", recipe, "--out", tmp_path / "out", "--inspect", "2").output
+
+
 def test_a_finished_folder_is_not_written_again(recipe: Path, whole: Path) -> None:
     assert "holds a finished view" in refused("train", "--config", recipe, "--out", whole)
 

@@ -9,6 +9,7 @@ OUT/                 when the run is finished: the view file in the base's dtype
 import dataclasses
 import hashlib
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def train_view_recipe(recipe: ViewRecipe, out: Path, *, device: torch.device, re
     folder is another run's.
     """
     passes_per_step(recipe.train, world_size())
+    check_place(recipe, device)
     checkpoint = where_to_start(out, resume=resume)
     quiet()
     tokenizer = load_tokenizer(base_source(recipe), revision=recipe.model.revision)
@@ -120,6 +122,17 @@ def finish(
 # --- before anything is loaded -----------------------------------------------------------------------------------
 
 
+def check_place(recipe: ViewRecipe, device: torch.device) -> None:
+    """`ValueError` for a device that Trainer would not use, or a logger that is not installed."""
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: views are trained on cuda or cpu")
+    if world_size() == 1 and device.index not in (None, 0):
+        raise ValueError(f"--device {device}: training takes the first GPU it sees; choose with CUDA_VISIBLE_DEVICES")
+    for name in recipe.train.report_to:
+        if find_spec(name) is None:
+            raise ValueError(f"train.report_to: {name} is not installed here: pip install {name}")
+
+
 def where_to_start(out: Path, *, resume: bool) -> Path | None:
     """The checkpoint to go on from, None for a new run; `ValueError` when the folder holds a run and this is a new one.
 
@@ -168,7 +181,7 @@ def prepare(recipe: ViewRecipe, tokenizer: PreTrainedTokenizerBase, out: Path) -
 
 def split(data: PackedDataset, recipe: ViewRecipe) -> tuple[Subset, list[dict[str, Tensor]]]:
     """The rows to train on, and the last few, which are held out for prompts."""
-    num_held = recipe.evaluation.held_out_rows if recipe.evaluation.every else 0
+    num_held = recipe.evaluation.held_out_rows  # also when nobody looks: it decides what is trained on
     if num_held >= len(data):
         raise ValueError(f"evaluation.held_out_rows {num_held} leaves none of the {len(data)} rows for training")
     num_rows = len(data) - num_held

@@ -100,7 +100,7 @@ def training_arguments(
     """
     cuda = device.type == "cuda"
     schedule = {"constant": "constant_with_warmup"}.get(train.schedule, train.schedule)
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(out),
         max_steps=num_steps,
         per_device_train_batch_size=train.rows_per_pass,
@@ -125,6 +125,9 @@ def training_arguments(
         use_cpu=not cuda,
         ddp_find_unused_parameters=False,
     )
+    assert args.device.type == device.type
+    args._n_gpu = 1  # one process uses one GPU, whatever the machine has: never DataParallel
+    return args
 
 
 def world_size() -> int:
@@ -233,6 +236,7 @@ class OrthrusTrainer(Trainer):
             logs["rows_n"] = self.rows_n = 1 + survival_J.sum().item()
             logs["skipped_steps"] = self.num_skipped
             self._survival = []
+        logs.pop("total_flos", None)  # Trainer counts none of these passes; --dry-run computes them
         super().log(logs, start_time)
 
     # --- several processes ---------------------------------------------------------------------------------------
