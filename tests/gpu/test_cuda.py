@@ -11,7 +11,9 @@ from orthrus.training.anchors import Blocks
 from orthrus.training.loss import Objective
 from orthrus.training.recipe import ViewStage
 from orthrus.training.rows import PADDING, Rows, one_reply_rows
+from orthrus.training.task import ViewTraining
 from orthrus.training.trainer import ViewTask, thaw
+from orthrus.training.view_recipe import ViewSettings
 from tests.test_bundled import PROMPTS, decode
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -65,3 +67,28 @@ def test_flex_attention_trains_what_dense_attention_trains(packing: str) -> None
     for name, gradient in found["cpu"][1].items():
         # TF32 is off by default; flex sums keys in another order.
         torch.testing.assert_close(found["cuda"][1][name], gradient, rtol=1e-2, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_fp32_weights_train_a_bf16_base_as_on_a_cpu(checkpointed: bool) -> None:
+    """The module that Trainer wraps: compiled layers over fp32 twins, against the same in plain steps."""
+    found = {}
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        config = OrthrusConfig(
+            vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=32, max_position_embeddings=512, block_size=16, mask_token_id=255,
+        )  # fmt: skip
+        model = OrthrusLM(config).to(torch.bfloat16).to(device)
+        settings = ViewSettings(blocks=((16, 4), (8, 8)))
+        training = ViewTraining(model, settings, isolated=True, gradient_checkpointing=checkpointed)
+        rows = rows_of("isolated").to(device)
+        # Seeds draw other anchors on another device.
+        anchors = training.task.blocks.sample(rows.anchorable_BT.cpu(), torch.Generator().manual_seed(0)).to(device)
+        loss, _ = training.task(rows, anchors)
+        loss.backward()
+        view = model.view_parameters()
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in view.values() if p.grad is not None)
+        found[device] = (loss.item(), torch.cat([p.grad.flatten().cpu() for p in view.values() if p.grad is not None]))
+    assert found["cuda"][0] == pytest.approx(found["cpu"][0], rel=2e-2)
+    assert torch.nn.functional.cosine_similarity(found["cuda"][1], found["cpu"][1], dim=0) > 0.99

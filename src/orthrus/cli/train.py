@@ -1,29 +1,80 @@
-"""`orthrus train`: run the stages of a recipe."""
+"""`orthrus train`: run a recipe, a view's for any base or the bundled model's stages."""
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+STAGES = "base,unlikelihood,sharpen,rollouts,view"
 
 
 def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the recipe's own")] = None,
     config: Annotated[Path, typer.Option(help="the YAML recipe")] = ...,  # type: ignore[assignment]
-    corpus: Annotated[Path, typer.Option(help="folder of the tokenised corpus")] = ...,  # type: ignore[assignment]
-    out: Annotated[Path, typer.Option(help="folder of the run; later stages read what earlier ones wrote")] = ...,  # type: ignore[assignment]
-    stages: Annotated[str, typer.Option(help="which stages, in order")] = "base,unlikelihood,sharpen,rollouts,view",
+    out: Annotated[Path, typer.Option(help="folder of the run")] = ...,  # type: ignore[assignment]
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in OUT")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print memory and arithmetic, write the untrained view, train nothing")
+    ] = False,
+    inspect: Annotated[int | None, typer.Option(help="print training row N with its mask, train nothing")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="bundled model: folder of the tokenised corpus")] = None,
+    stages: Annotated[str | None, typer.Option(help=f"bundled model: which stages, in order ({STAGES})")] = None,
     device: Annotated[str | None, typer.Option(help="cuda where there is one, else cpu")] = None,
 ) -> None:
-    """Train the bundled model's base and view from one recipe; under torchrun, on one GPU a process."""
+    """Train a view from one recipe; under torchrun, one process for each GPU. SIGTERM or Ctrl-C saves and stops."""
+    from orthrus.training.recipe import Recipe
+    from orthrus.training.view_recipe import load_any_recipe
+
+    recipe = load_any_recipe(config, overrides)
+    if isinstance(recipe, Recipe):
+        given = {"--resume": resume, "--dry-run": dry_run, "--inspect": inspect is not None}
+        refuse(given, f"{config} is the bundled model's kind of recipe, which has no such option")
+        if corpus is None:
+            raise ValueError(f"{config} is trained from a corpus: give --corpus")
+        run_stages(recipe, corpus, out, names=(stages or STAGES).split(","), device=device)
+        return
+    refuse({"--corpus": corpus, "--stages": stages}, "only the bundled model's recipe has stages and a corpus")
+    if dry_run and (resume or inspect is not None):
+        raise ValueError("--dry-run goes with neither --resume nor --inspect")
+    run_view(recipe, out, device=device, resume=resume, dry=dry_run, inspect=inspect)
+
+
+def refuse(given: dict[str, Any], why: str) -> None:
+    """`ValueError` naming the first option that was given although it means nothing here."""
+    if wrong := [name for name, value in given.items() if value]:
+        raise ValueError(f"{wrong[0]}: {why}")
+
+
+def run_view(recipe: Any, out: Path, *, device: str | None, resume: bool, dry: bool, inspect: int | None) -> None:
+    """A view's recipe: train it, or say what that would be."""
+    from orthrus.environment import pick_device
+    from orthrus.training.ranks import join_ranks, leave_ranks, rank
+    from orthrus.training.view_run import dry_run, show_row, train_view_recipe
+
+    where = pick_device(device)
+    if inspect is not None:
+        show_row(recipe, out, inspect)
+        return
+    if dry:
+        print(json.dumps(dry_run(recipe, out)), flush=True)
+        return
+    where = join_ranks(where)
+    try:
+        result = train_view_recipe(recipe, out, device=where, resume=resume)
+        if rank() == 0:
+            print(json.dumps(result), flush=True)
+    finally:
+        leave_ranks()
+
+
+def run_stages(recipe: Any, corpus: Path, out: Path, *, names: list[str], device: str | None) -> None:
+    """The bundled model's recipe: its stages one after the other."""
     import torch
 
     from orthrus.training.ranks import join_ranks, leave_ranks, rank
-    from orthrus.training.recipe import load_recipe
     from orthrus.training.stages import STAGES
 
-    recipe = load_recipe(config, overrides)
-    names = stages.split(",")
     if unknown := [name for name in names if name not in STAGES]:
         raise ValueError(f"--stages: unknown stage {unknown[0]!r}; known stages: {', '.join(STAGES)}")
     where = join_ranks(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))

@@ -104,9 +104,12 @@ def save_view(
     *,
     base_id: str | None = None,
     base_revision: str | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
     force: bool = False,
 ) -> None:
     """Write the `*_diff` tensors alone, with the base they belong to.
+
+    `tensors` are the view's when they are not simply the model's own: spread over processes, or in another dtype.
 
     A model from `from_pretrained` knows its base; `base_id` (Hub id or folder) names it for any other. The base's
     fingerprint is that of its stored files, or of the weights in memory when the model came from no file.
@@ -114,14 +117,14 @@ def save_view(
     base = base_of(model, base_id=base_id, base_revision=base_revision)
     config = model.config
     with whole_folder(Path(folder), force=force) as staging:
-        tensors = dict(model.view_parameters())
+        tensors = dict(model.view_parameters()) if tensors is None else tensors
         write_tensors(tensors, staging)
         fields = {
             "architectures": ["OrthrusView"],
             "model_type": VIEW_MODEL_TYPE,
             "block_size": config.block_size,
             "mask_token_id": config.mask_token_id,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
             "orthrus_version": __version__,
         }
         write_json(staging / "config.json", fields | base_fields(base))

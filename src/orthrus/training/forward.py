@@ -11,7 +11,7 @@ One layer is compiled, not the model: its graph serves all layers, so compiling 
     H = head dimension
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from orthrus.model.attention import causal_attend, rms_norm, run_layer
 from orthrus.model.masks import block_training_mask, block_training_rule, document_mask, document_rule
@@ -74,11 +75,31 @@ def dense_attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask_BQS
     return mixed.transpose(1, 2).flatten(2)
 
 
+class LayerStep(nn.Module):
+    """What training calls for one layer: a module whose `forward` does one layer's step in either view.
+
+    The passes take decoder layers apart instead of calling them, so hooks of the layer itself would not run; those of
+    this module do (FSDP2 gathers a layer's weights in them). Gradient checkpointing is per step.
+    """
+
+    def __init__(self, layer: nn.Module, *, checkpointed: bool = False):
+        super().__init__()
+        self.layer = layer
+        self.checkpointed = checkpointed
+
+    def forward(self, hidden_BTD: Tensor, run: Callable[[nn.Module, Tensor], Any]) -> Any:
+        """run(layer, hidden): its result."""
+        if self.checkpointed and torch.is_grad_enabled():
+            return checkpoint(run, self.layer, hidden_BTD, use_reentrant=False, preserve_rng_state=False)
+        return run(self.layer, hidden_BTD)
+
+
 class Passes:
     """The two passes of one model, with its layer functions compiled where it pays (a GPU)."""
 
-    def __init__(self, model: nn.Module, *, compiled: bool):
+    def __init__(self, model: nn.Module, *, compiled: bool, steps: Iterable[LayerStep] | None = None):
         self.model = model
+        self.steps = [LayerStep(layer) for layer in model.model.layers] if steps is None else list(steps)
         # Static shapes: stages differ in theirs, and a graph for any shape is slower than one for each.
         self.compile: Callable[[Callable], Callable] = (
             partial(torch.compile, dynamic=False) if compiled else (lambda function: function)
@@ -99,8 +120,8 @@ class Passes:
         mask = None if document_BT is None else clean_mask(document_BT)
         hidden_BTD = model.embed_tokens(ids_BT)
         rope = model.rotary_emb(hidden_BTD, positions_BT)
-        for layer in model.layers:
-            hidden_BTD, k, v = self._ar_layer(layer, hidden_BTD, rope, mask)
+        for step in self.steps:
+            hidden_BTD, k, v = step(hidden_BTD, lambda layer, hidden: self._ar_layer(layer, hidden, rope, mask))
             clean.append((k, v))
         return rms_norm(model.norm, hidden_BTD), clean
 
@@ -113,9 +134,15 @@ class Passes:
         # The first layer's input needs no gradient; saying otherwise spares compiling a second graph for that layer.
         hidden_BQD = model.embed_tokens(ids_BQ).requires_grad_(torch.is_grad_enabled())
         rope = model.rotary_emb(hidden_BQD, positions_BQ)
-        for layer, keys_values in zip(model.layers, clean, strict=True):
-            hidden_BQD = self._block_layer(layer, hidden_BQD, rope, keys_values, mask)
+        for step, keys_values in zip(self.steps, clean, strict=True):
+            run = partial(self._block_step, rope=rope, clean=keys_values, mask=mask)
+            hidden_BQD = step(hidden_BQD, run)
         return rms_norm(model.norm, hidden_BQD)
+
+    def _block_step(
+        self, layer: nn.Module, hidden_BQD: Tensor, *, rope: Rope, clean: tuple[Tensor, Tensor], mask: Any
+    ) -> Tensor:
+        return self._block_layer(layer, hidden_BQD, rope, clean, mask)
 
 
 def clean_mask(document_BT: Tensor) -> Any:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from orthrus.environment import commit, hardware_name, pick_device, versions
-from orthrus.training.recipe import Recipe
 
 
-def provenance(recipe: Recipe, **facts: Any) -> dict[str, Any]:
+def provenance(recipe: Any, **facts: Any) -> dict[str, Any]:
     """What is known here and now about a run of this recipe, plus the run's own facts."""
     return {
         "commit": commit(),

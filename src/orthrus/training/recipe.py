@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,20 +114,32 @@ class Recipe:
     view: ViewStage = field(default_factory=ViewStage)
 
     def digest(self) -> str:
-        """The first 12 hex digits of the SHA-256 of all settings: two runs with one digest had one recipe."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """`digest` of this recipe."""
+        return digest(self)
+
+
+def digest(recipe: Any) -> str:
+    """The first 12 hex digits of the SHA-256 of all settings: two runs with one digest had one recipe."""
+    text = json.dumps(dataclasses.asdict(recipe), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a YAML recipe and apply `section.key=value` overrides.
+    """Read a YAML recipe of the bundled model's kind and apply `section.key=value` overrides.
 
     Raises `ValueError` naming the key for an unknown key, a wrong type or an unreadable file.
     """
+    return build(Recipe, read_settings(path, overrides), "recipe")
+
+
+def read_settings(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """The plain settings of a YAML recipe with `section.key=value` overrides applied; nothing is checked yet."""
     try:
         settings = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"recipe {path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"recipe {path} must be a mapping, got {settings!r}")
     for override in overrides or []:
         key, separator, value = override.partition("=")
         if not separator:
@@ -135,8 +148,13 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         target = settings
         for section in sections:
             target = target.setdefault(section, {})
-        target[last] = yaml.safe_load(value)
-    return build(Recipe, settings, "recipe")
+            if not isinstance(target, dict):
+                raise ValueError(f"override {override!r}: {section} is no section of the recipe")
+        try:
+            target[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"override {override!r}: the value cannot be read as YAML") from None
+    return settings
 
 
 def build(kind: type, settings: Any, where: str) -> Any:
@@ -146,8 +164,9 @@ def build(kind: type, settings: Any, where: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     if unknown := sorted(set(settings) - set(fields)):
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(fields)}")
-    if "name" in fields and "name" not in settings:
-        raise ValueError(f"{where}: the key 'name' is missing")
+    missing = (dataclasses.MISSING, dataclasses.MISSING)
+    if lacking := [n for n, f in fields.items() if (f.default, f.default_factory) == missing and n not in settings]:
+        raise ValueError(f"{where}: the key {lacking[0]!r} is missing")
     return kind(**{name: convert(fields[name].type, value, f"{where}.{name}") for name, value in settings.items()})
 
 
@@ -162,11 +181,14 @@ def convert(kind: Any, value: Any, where: str) -> Any:
         if value in typing.get_args(kind):
             return value
         raise ValueError(f"{where}: must be one of {', '.join(map(str, typing.get_args(kind)))}, got {value!r}")
-    if kind in (float, float | None) and type(value) in (int, float, str):
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):  # with None, the only union in a recipe
+        inner = next(option for option in typing.get_args(kind) if option is not type(None))
+        return None if value is None else convert(inner, value, where)
+    if kind is float and type(value) in (int, float, str):
         try:  # YAML reads 1e-3, without a dot, as text.
             return float(value)
         except ValueError:
             pass
-    if (kind == float | None and value is None) or type(value) is kind:
+    if type(value) is kind:
         return value
     raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r}")

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from orthrus.config import OrthrusConfig
 from orthrus.model.modeling import OrthrusLM
 from orthrus.training.anchors import Blocks
-from orthrus.training.forward import Passes, block_mask
+from orthrus.training.forward import LayerStep, Passes, block_mask
 from orthrus.training.loss import chunk_loss, chunked_view_loss, survival
 from orthrus.training.muon import Muon
 from orthrus.training.ranks import agree, average, num_ranks, once, rank
@@ -268,13 +268,13 @@ def held_out_loss(model: OrthrusLM, tokens: np.ndarray, *, row_tokens: int = 102
 class ViewTask:
     """Loss of one micro-batch of view training: a frozen AR pass, then the block pass."""
 
-    def __init__(self, model: OrthrusLM, stage: ViewStage):
+    def __init__(self, model: OrthrusLM, stage: Any, *, steps: Iterable[LayerStep] | None = None):
         device, largest = next(model.parameters()).device, model.config.block_size
         if wrong := [width for width, _ in stage.blocks if not 2 <= width <= largest]:
             raise ValueError(f"blocks: width {wrong[0]} is not in 2 .. {largest}, the model's block size")
         self.model, self.stage = model, stage
         self.blocks = Blocks.of(stage.blocks, device)
-        self._passes = Passes(model, compiled=device.type == "cuda")
+        self._passes = Passes(model, compiled=device.type == "cuda", steps=steps)
         self._one_chunk = self._passes.compile(chunk_loss)
 
     def __call__(self, rows: Rows, anchors_BA: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,334 @@
+"""A run of a view recipe: `orthrus train --config RECIPE --out OUT`, from the files to a view that drafts.
+
+OUT/rows/            the packed training rows (data.py)
+OUT/log.jsonl        a line for each report
+OUT/checkpoint-N/    what a run is resumed from (checkpoints.py)
+OUT/                 when the run is finished: the view file in the base's dtype, and provenance.json
+"""
+
+import dataclasses
+import hashlib
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from rich.console import Console
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.data import Subset
+from transformers import PreTrainedTokenizerBase
+
+from orthrus.environment import bundled_or
+from orthrus.model.checkpoint import load_model, load_tokenizer, read_checkpoint
+from orthrus.model.export import save_view, spare_token
+from orthrus.model.modeling import OrthrusLM
+from orthrus.model.tensors import read_json
+from orthrus.training.acceptance import HeldOutPrompts, beginnings, prompts_of_file
+from orthrus.training.anchors import Blocks
+from orthrus.training.budget import budget, report
+from orthrus.training.checkpoints import clear_halves, find_checkpoint, read_run
+from orthrus.training.data import PackedDataset, collate, packed_dataset
+from orthrus.training.inspect import inspect_row
+from orthrus.training.provenance import provenance, write_provenance
+from orthrus.training.ranks import num_ranks, once, rank
+from orthrus.training.rows import Rows
+from orthrus.training.sharding import whole
+from orthrus.training.stop import StopRequest
+from orthrus.training.task import ViewTraining, draw_seed
+from orthrus.training.view_recipe import BUNDLED_BASE, ViewRecipe, passes_per_step, settings_of_run
+from orthrus.training.view_trainer import (
+    OrthrusTrainer,
+    RowOrder,
+    num_steps_of,
+    say,
+    training_arguments,
+    world_size,
+)
+
+PROVENANCE = "provenance.json"
+
+
+def train_view_recipe(recipe: ViewRecipe, out: Path, *, device: torch.device, resume: bool) -> dict[str, Any]:
+    """Train a view, or go on training it; returns what the last line of the command says.
+
+    Raises `ValueError` for what cannot be trained so, before anything is loaded where that can be known, and when the
+    folder is another run's.
+    """
+    passes_per_step(recipe.train, world_size())
+    check_place(recipe, device)
+    checkpoint = where_to_start(out, resume=resume)
+    quiet()
+    tokenizer = load_tokenizer(base_source(recipe), revision=recipe.model.revision)
+    once(lambda: prepare(recipe, tokenizer, out))
+    data = packed_dataset(recipe.data, tokenizer, cache=out / "rows")
+    rows, held_out = split(data, recipe)
+    num_steps = num_steps_of(recipe.train, len(rows))
+    RowOrder(len(rows), recipe.train, seed=recipe.seed, num_steps=num_steps)  # refuses too few rows
+    prompts = prompts_of(recipe, tokenizer, held_out)
+    args = training_arguments(recipe.train, out, seed=recipe.seed, num_steps=num_steps, device=device)
+    model = load_base(recipe, tokenizer).to(args.device)
+    facts = run_facts(recipe, data, model, num_steps=num_steps)
+    if checkpoint is not None:
+        check_same_run(read_run(checkpoint), facts, checkpoint)
+    training = ViewTraining(
+        model, recipe.view, isolated=data.isolated, gradient_checkpointing=recipe.train.gradient_checkpointing
+    )
+    held = HeldOutPrompts(prompts, recipe.evaluation, tokenizer=tokenizer) if recipe.evaluation.every else None
+    with StopRequest().listening() as stop:
+        trainer = OrthrusTrainer(
+            training, args, settings=recipe.train, rows=rows, collate=collate, run_facts=facts, stop=stop,
+            callbacks=[held] if held else [],
+        )  # fmt: skip
+        if held:
+            held.trainer = trainer
+        before = base_digest(model)
+        say(f"{data.describe()}; {num_steps} steps" + (f", going on from {checkpoint.name}" if checkpoint else ""))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return finish(recipe, trainer, out, facts=facts, base_before=before, held=held)
+
+
+def finish(
+    recipe: ViewRecipe,
+    trainer: OrthrusTrainer,
+    out: Path,
+    *,
+    facts: dict[str, Any],
+    base_before: str,
+    held: HeldOutPrompts | None,
+) -> dict[str, Any]:
+    """Prove that the base is what it was, write the view, upload it if asked to; what the command's last line says."""
+    model, step = trainer.training.lm, trainer.state.global_step
+    if base_digest(model) != base_before:
+        raise RuntimeError("the frozen base's weights changed in training: nothing was written; this is a bug")
+    if step < trainer.state.max_steps:
+        say(f"stopped at step {step} and saved {out}/checkpoint-{step}; the same command with --resume goes on from it")
+        return {"stopped_at_step": step, "num_steps": trainer.state.max_steps, "out": str(out)}
+    result = {"num_steps": step, "num_skipped": trainer.num_skipped, "out": str(out)}
+    if held:
+        result |= {"n": [[at, round(n, 4)] for at, n in held.n]}
+    dtype = getattr(torch, recipe.model.dtype)
+    tensors = {name: tensor.to(dtype) for name, tensor in trainer.view_tensors().items()}
+    facts = facts | {"step": step, "base_digest_before_and_after": base_before, "result": result}
+    once(lambda: write_view(model, out, tensors=tensors, facts=facts))
+    if recipe.train.push_to_hub:
+        once(lambda: push(recipe, out))
+    return result
+
+
+# --- before anything is loaded -----------------------------------------------------------------------------------
+
+
+def check_place(recipe: ViewRecipe, device: torch.device) -> None:
+    """`ValueError` for a device that Trainer would not use, or a logger that is not installed."""
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: views are trained on cuda or cpu")
+    if world_size() == 1 and device.index not in (None, 0):
+        raise ValueError(f"--device {device}: training takes the first GPU it sees; choose with CUDA_VISIBLE_DEVICES")
+    for name in recipe.train.report_to:
+        if find_spec(name) is None:
+            raise ValueError(f"train.report_to: {name} is not installed here: pip install {name}")
+
+
+def where_to_start(out: Path, *, resume: bool) -> Path | None:
+    """The checkpoint to go on from, None for a new run; `ValueError` when the folder holds a run and this is a new one.
+
+    --resume in a folder without a checkpoint starts the run: a job that is always started with it just works.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
+    if is_finished(out):
+        raise ValueError(f"--out {out} holds a finished view; name another folder")
+    found = find_checkpoint(out)
+    if found is not None and not resume:
+        raise ValueError(f"--out {out} holds {found.name} of a run: add --resume to go on, or name another folder")
+    return found
+
+
+def is_finished(out: Path) -> bool:
+    """Whether a folder holds a finished view, not only what `--dry-run` leaves."""
+    if not (out / "config.json").is_file():
+        return False
+    return not ((out / PROVENANCE).is_file() and read_json(out / PROVENANCE).get("dry_run"))
+
+
+def base_source(recipe: ViewRecipe) -> str:
+    """Where the base lies."""
+    return bundled_or(None) if recipe.model.base == BUNDLED_BASE else recipe.model.base
+
+
+def quiet() -> None:
+    """No loading bars and no library warnings between the lines of a run."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.disable_progress_bars()
+
+
+def prepare(recipe: ViewRecipe, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """What one process does for all: pack the rows, make sure that an upload will be possible."""
+    out.mkdir(parents=True, exist_ok=True)
+    clear_halves(out)
+    packed_dataset(recipe.data, tokenizer, cache=out / "rows")
+    if recipe.train.hub_model_id is not None:
+        reach_hub(recipe.train.hub_model_id)
+
+
+# --- what a run is made of ---------------------------------------------------------------------------------------
+
+
+def split(data: PackedDataset, recipe: ViewRecipe) -> tuple[Subset, list[dict[str, Tensor]]]:
+    """The rows to train on, and the last few, which are held out for prompts."""
+    num_held = recipe.evaluation.held_out_rows  # also when nobody looks: it decides what is trained on
+    if num_held >= len(data):
+        raise ValueError(f"evaluation.held_out_rows {num_held} leaves none of the {len(data)} rows for training")
+    num_rows = len(data) - num_held
+    return Subset(data, range(num_rows)), [data[i] for i in range(num_rows, len(data))]
+
+
+def prompts_of(
+    recipe: ViewRecipe, tokenizer: PreTrainedTokenizerBase, held_out: list[dict[str, Tensor]]
+) -> list[list[int]]:
+    """The prompts that are decoded while training goes on."""
+    evaluation = recipe.evaluation
+    if not evaluation.every:
+        return []
+    if evaluation.prompts is not None:
+        return prompts_of_file(evaluation.prompts, tokenizer, evaluation.num_prompts, recipe.data.template_options)
+    return beginnings(held_out, evaluation.num_prompts)
+
+
+def load_base(recipe: ViewRecipe, tokenizer: PreTrainedTokenizerBase | None) -> OrthrusLM:
+    """The base in the recipe's dtype, its view a copy of its AR projections."""
+    settings, source = recipe.model, base_source(recipe)
+    dtype, revision = getattr(torch, settings.dtype), settings.revision
+    form = read_checkpoint(source, revision=revision).form
+    if form == "view":
+        raise ValueError(f"model.base: {source} is a view file, no base: name the base that it was trained on")
+    if form == "merged":
+        if not settings.restart_view:
+            raise ValueError(f"model.base: {source} has a view already; model.restart_view=true trains a new one")
+        model = load_model(source, revision=revision, dtype=dtype)
+        for name in ("block_size", "mask_token_id"):
+            if getattr(settings, name) not in (None, getattr(model.config, name)):
+                raise ValueError(f"model.{name}: {source} has {getattr(model.config, name)}, which stays as it is")
+        model.init_view()
+        return model
+    if settings.restart_view:
+        raise ValueError(f"model.restart_view: {source} has no view to leave out")
+    mask = settings.mask_token_id
+    if mask is None:
+        mask = spare_token(source, tokenizer, revision=revision)
+    return load_model(
+        source, revision=revision, dtype=dtype, start_view=True, block_size=settings.block_size, mask_token_id=mask
+    )
+
+
+def run_facts(recipe: ViewRecipe, data: PackedDataset, model: Any, *, num_steps: int) -> dict[str, Any]:
+    """Where a run's results come from, and what resuming it must find again."""
+    base = model.load_report.base
+    print_ = base.fingerprint if base is not None else None
+    return provenance(
+        recipe, settings=settings_of_run(recipe), data_fingerprint=data.fingerprint, base_fingerprint=print_,
+        num_ranks=num_ranks(), run_steps=num_steps,
+    )  # fmt: skip
+
+
+def check_same_run(stored: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
+    """`ValueError` naming what is not as it was when the run began."""
+    before, after = stored["settings"], now["settings"]
+    for name in sorted(before.keys() | after.keys()):
+        if (was := before.get(name)) != (is_ := after.get(name)):
+            raise ValueError(f"--resume: {checkpoint} was trained with {name} {was!r}, this recipe says {is_!r}")
+    for name, what in (
+        ("data_fingerprint", "other data (data.source)"),
+        ("base_fingerprint", "another base (model.base)"),
+        ("num_ranks", "another number of ranks"),
+        ("run_steps", "another number of steps"),
+    ):
+        if stored[name] != now[name]:
+            raise ValueError(f"--resume: {checkpoint} is of a run on {what}: {stored[name]} then, {now[name]} now")
+
+
+def base_digest(model: OrthrusLM) -> str:
+    """SHA-256 of all weights that are not the view's, on rank 0; where they are spread over ranks, all must ask."""
+    digest = hashlib.sha256()
+    view = model.view_parameters()
+    for name, parameter in sorted(model.named_parameters()):
+        if name in view:
+            continue
+        value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if rank() == 0:
+            digest.update(name.encode())
+            data: Any = whole(value).contiguous().reshape(-1).view(torch.uint8).numpy()
+            digest.update(data)
+    return digest.hexdigest()
+
+
+# --- what a run leaves -------------------------------------------------------------------------------------------
+
+
+def write_view(model: OrthrusLM, out: Path, *, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write the view file into OUT, beside the run's checkpoints; config.json, which makes it one, comes last."""
+    staging = out / ".view.part"
+    shutil.rmtree(staging, ignore_errors=True)
+    (out / "config.json").unlink(missing_ok=True)
+    save_view(model, staging, tensors=tensors)
+    write_provenance(staging, facts)
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+        path.replace(out / path.name)
+    staging.rmdir()
+
+
+def reach_hub(repo_id: str) -> None:
+    """Make the repository that the view goes to, now: a missing token is better known before a day of training."""
+    try:
+        huggingface_hub.create_repo(repo_id, exist_ok=True)
+    except (OSError, huggingface_hub.errors.HFValidationError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"train.hub_model_id: {repo_id} cannot be written to: {reason}") from error
+
+
+def push(recipe: ViewRecipe, out: Path) -> None:
+    """Upload the finished view: its files and nothing else of the run's folder."""
+    assert recipe.train.hub_model_id is not None
+    huggingface_hub.upload_folder(
+        repo_id=recipe.train.hub_model_id, folder_path=out,
+        allow_patterns=["config.json", "*.safetensors", "*.index.json", "README.md", PROVENANCE],
+        ignore_patterns=["checkpoint-*/*", "rows/*"], commit_message=f"View trained by recipe {recipe.name}",
+    )  # fmt: skip
+
+
+# --- without training --------------------------------------------------------------------------------------------
+
+
+def dry_run(recipe: ViewRecipe, out: Path) -> dict[str, Any]:
+    """Build the model, print what a run would need, and write the untrained view to OUT."""
+    passes_per_step(recipe.train, world_size())
+    where_to_start(out, resume=False)
+    quiet()
+    source = base_source(recipe)
+    model = load_base(recipe, load_tokenizer(source, revision=recipe.model.revision))
+    found = budget(recipe, model.config, num_ranks=world_size())
+    say(report(found, recipe, num_ranks=world_size()))
+    facts = provenance(recipe, dry_run=True, settings=settings_of_run(recipe))
+    out.mkdir(parents=True, exist_ok=True)
+    write_view(model, out, tensors=dict(model.view_parameters()), facts=facts)
+    return dataclasses.asdict(found) | {"total_bytes": found.total_bytes, "out": str(out)}
+
+
+def show_row(recipe: ViewRecipe, out: Path, number: int) -> None:
+    """Print one training row as `inspect.inspect_row` shows it, with anchors as a first step would draw them."""
+    quiet()
+    tokenizer = load_tokenizer(base_source(recipe), revision=recipe.model.revision)
+    out.mkdir(parents=True, exist_ok=True)
+    data = packed_dataset(recipe.data, tokenizer, cache=out / "rows")
+    if not 0 <= number < len(data):
+        raise ValueError(f"--inspect: row {number} is not in 0 .. {len(data) - 1}")
+    rows, blocks = Rows.from_batch(collate([data[number]]), isolated=data.isolated), Blocks.of(recipe.view.blocks)
+    generator = torch.Generator().manual_seed(draw_seed(recipe.seed, step=0, micro_batch=0, rank=0))
+    anchors_1A = blocks.sample(rows.anchorable_BT, generator)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(inspect_row(rows, tokenizer, blocks, anchors_1A, coloured=console.is_terminal))

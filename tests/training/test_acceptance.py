@@ -1,0 +1,168 @@
+"""Decoding while a view is trained: N rises when training sees what decoding sees, and a broken mask is called so."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from orthrus.config import OrthrusConfig
+from orthrus.model.modeling import OrthrusLM
+from orthrus.training import forward
+from orthrus.training.acceptance import HeldOutPrompts, beginnings, prompts_of_file
+from orthrus.training.task import ViewTraining
+from orthrus.training.view_recipe import EvaluationSettings, TrainSettings, ViewSettings
+from orthrus.training.view_trainer import OrthrusTrainer, training_arguments
+from tests.cli.tiny import TEMPLATE, byte_tokenizer
+from tests.decoding.subjects import randomise
+from tests.decoding.trained import LENGTH, MODULUS, optimise
+
+BLOCK = 5
+
+
+@pytest.fixture(scope="module")
+def counter() -> dict[str, Tensor]:
+    """Weights of a base that counts."""
+    torch.manual_seed(0)
+    model = new_model()
+    randomise(model, seed=0, std=0.3)
+    optimise([p for name, p in model.named_parameters() if "_diff." not in name], 400, lambda: base_loss(model))
+    model.init_view()
+    return model.state_dict()
+
+
+def counting(num_rows: int) -> Tensor:
+    """Rows that count by 1 .. 8: the last token alone does not say which is next, the one before it does."""
+    start, step = torch.randint(0, MODULUS, (num_rows, 1)), torch.randint(1, 9, (num_rows, 1))
+    return (start + step * torch.arange(LENGTH)) % MODULUS
+
+
+def base_loss(model: Any) -> Tensor:
+    ids = counting(16)
+    return F.cross_entropy(model(ids).logits[:, 1:-1].flatten(0, 1), ids[:, 2:].flatten())
+
+
+def new_model() -> Any:
+    return OrthrusLM(
+        OrthrusConfig(
+            vocab_size=MODULUS + 1,
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=12,
+            max_position_embeddings=256,
+            tie_word_embeddings=False,
+            block_size=BLOCK,
+            mask_token_id=MODULUS,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )  # fmt: skip
+    )
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows that count, each one reply."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(1)
+        self.ids = counting(256)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = self.ids[index]
+        return {"ids": ids, "document": torch.zeros_like(ids), "reply": torch.ones_like(ids)}
+
+
+def train(counter: dict[str, Tensor], out: Path) -> HeldOutPrompts:
+    """A run of 250 steps; the callback that looked on."""
+    model = new_model()
+    model.load_state_dict(counter)
+    out.mkdir()
+    settings = TrainSettings(
+        num_steps=250, rows_per_step=16, rows_per_pass=16, learning_rate=5e-3, save_steps=1000, log_steps=50
+    )
+    args = training_arguments(settings, out, seed=0, num_steps=250, device=torch.device("cpu"))
+    training = ViewTraining(model, ViewSettings(blocks=((BLOCK, 12),)), isolated=False)
+    held = HeldOutPrompts(
+        [[1 + step * i for i in range(4)] for step in range(1, 8)],
+        EvaluationSettings(every=250, warn_after=250, warn_below=1.5, max_new_tokens=30),
+        tokenizer=byte_tokenizer(),
+    )
+    trainer = OrthrusTrainer(
+        training, args, settings=settings, rows=Rows(), collate=collate, run_facts={}, callbacks=[held]
+    )
+    model.load_report = type("Report", (), {"folder": out, "form": "base", "base": Base()})()
+    held.trainer = trainer
+    trainer.train()
+    return held
+
+
+class Base:
+    """What a checkpoint names as its base."""
+
+    id, revision, fingerprint = "counter", None, "sha256:0"
+
+
+def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+def test_n_rises_and_nothing_is_said(
+    counter: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = train(counter, tmp_path / "out")
+    (_, first), (_, last) = held.n
+    assert last > first and last > 2
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_mask_that_shows_a_block_its_future_is_called_what_it_is(
+    counter: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The comparison the wrong way round: blocks read what they should write. On training rows that looks splendid."""
+    right = forward.block_training_mask
+
+    def wrong(anchors_BA: Tensor, block_Q: Tensor, num_clean: int, document_BT: Tensor | None = None) -> Tensor:
+        mask_BQK = right(anchors_BA, block_Q, num_clean, document_BT)
+        return torch.cat([~mask_BQK[:, :, :num_clean], mask_BQK[:, :, num_clean:]], dim=2)
+
+    monkeypatch.setattr(forward, "block_training_mask", wrong)
+    held = train(counter, tmp_path / "out")
+    output = capsys.readouterr().out
+    assert held.n[-1][1] < 1.5, held.n
+    assert "warning: after 250 steps N is 1." in output and "the training mask" in output
+    assert "so decoding sees something else than training does" in output
+
+
+def test_prompts_are_the_beginnings_of_documents() -> None:
+    document = torch.tensor([0] * 10 + [1] * 12 + [2] * 4 + [-1] * 6)
+    reply = torch.tensor([0] * 4 + [1] * 6 + [0] * 5 + [2] * 7 + [0] * 4 + [0] * 6)
+    item = {"ids": torch.arange(32), "document": document, "reply": reply}
+    # The first document may be the rest of one: it comes last. The third has no reply.
+    assert beginnings([item], 8) == [list(range(10, 15)), [0, 1, 2, 3]]
+    assert beginnings([item, item], 2) == [list(range(10, 15))] * 2
+    text = {"ids": torch.arange(32), "document": torch.zeros(32), "reply": torch.ones(32)}
+    assert beginnings([text], 1) == [list(range(16))], "of a text that is all reply, its first half at most"
+    with pytest.raises(ValueError, match="held_out_rows"):
+        beginnings([item | {"reply": reply * 0}], 1)
+
+
+def test_prompts_of_a_file(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "ab"}\n\n{"messages": [{"role": "user", "content": "c"}]}\n')
+    with pytest.raises(ValueError, match="line 3: `messages`, but the base has no chat template"):
+        prompts_of_file(str(path), tokenizer, 4, {})
+    tokenizer.chat_template = TEMPLATE
+    texts = [tokenizer.decode(ids) for ids in prompts_of_file(str(path), tokenizer, 4, {"enable_thinking": False})]
+    assert texts == ["ab", "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"]
+    path.write_text('{"text": "ab"}')
+    with pytest.raises(ValueError, match="line 1: needs `prompt`"):
+        prompts_of_file(str(path), tokenizer, 4, {})
