@@ -310,9 +310,9 @@ def test_the_smoke_recipe_raises_n(tmp_path: Path) -> None:
     """A short piece of it: on the bundled base, N on prompts that no step has seen is higher after it than before."""
     package_text.main(str(tmp_path / "text.jsonl"))
     shorter = [
-        "train.num_steps=14", "train.rows_per_step=2", "train.rows_per_pass=2", "data.row_tokens=128",
-        "view.blocks=[[4, 24]]", "evaluation.every=14", "evaluation.num_prompts=4", "evaluation.max_new_tokens=24",
-        "data.max_rows=80",
+        "train.num_steps=16", "train.rows_per_step=2", "train.rows_per_pass=2", "data.row_tokens=96",
+        "view.blocks=[[3, 32]]", "evaluation.every=16", "evaluation.max_new_tokens=24", "evaluation.num_prompts=8",
+        "data.max_rows=150",
     ]  # fmt: skip
     smoke = Path(__file__).parents[2] / "recipes" / "smoke_cpu.yaml"
     source = f"data.source={tmp_path / 'text.jsonl'}"

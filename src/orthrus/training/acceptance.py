@@ -36,11 +36,11 @@ USUAL_MISTAKES = (
 
 
 def decode_all(
-    model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos: frozenset[int]
+    model: Any, prompts: Sequence[Sequence[int]], *, block_size: int, max_new_tokens: int, eos: frozenset[int]
 ) -> DecodingStats:
     """What greedy drafting of these prompts took, all together."""
     # Not exact: near-ties between a pass of one row and one of many do not matter to how well a view drafts.
-    decoder = Decoder(PortableBackend(model, exact=False))
+    decoder = Decoder(PortableBackend(model, exact=False), block_size=block_size)
     stats = DecodingStats(block_size=decoder.block_size)
     for prompt in prompts:
         stopping = Stopping(max_new_tokens=max_new_tokens, eos_token_ids=eos)
@@ -72,7 +72,10 @@ def all_ranks(stats: DecodingStats, device: torch.device) -> DecodingStats:
 
 
 class HeldOutPrompts(TrainerCallback):
-    """Decodes the prompts before the first step, every so many steps and after the last, and logs what drafting did."""
+    """Decodes the prompts before the first step, every so many steps and after the last, and logs what drafting did.
+
+    Blocks are as wide as the widest in training: a view that has not seen wider ones does not draft them.
+    """
 
     trainer: Any = None
     """Set once there is one."""
@@ -104,8 +107,9 @@ class HeldOutPrompts(TrainerCallback):
         mine = self.prompts[rank() :: num_ranks()]
         with gathered(training) if self.trainer.settings.sharding == "fsdp2" else nullcontext():
             stats = decode_all(
-                model, mine, max_new_tokens=self.settings.max_new_tokens, eos=eos_token_ids(model, self._tokenizer)
-            )
+                model, mine, block_size=max(width for width, _ in training.task.blocks.groups),
+                max_new_tokens=self.settings.max_new_tokens, eos=eos_token_ids(model, self._tokenizer),
+            )  # fmt: skip
         stats = all_ranks(stats, device)
         self.n.append((step, stats.tokens_per_cycle))
         control = self.trainer.control
