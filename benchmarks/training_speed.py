@@ -1,6 +1,13 @@
 """Seconds, TFLOP/s and peak memory of one micro-batch of view training, at exact Qwen3 shapes with random weights.
 
-    python benchmarks/training_speed.py --shape 1.7b --rows 4
+    python benchmarks/training_speed.py --shape 1.7b --rows 4 --path naive --path compiled --path flex --path chunked
+
+Each path adds one thing to the one before:
+
+    naive     layers in plain PyTorch, attention under a dense boolean mask, logits of all positions at once
+    compiled  layers compiled, one graph for all of them
+    flex      block-sparse attention instead of the dense mask
+    chunked   the head and the loss one chunk of positions at a time: what training runs
 
 FLOPs counted are those of matrix products with weights: teacher forward over the clean row, block forward, its
 gradient by the inputs (all weights) and by the weights (the view's alone), the head once for each distinct position of
@@ -8,17 +15,24 @@ the teacher and once for every draft. Attention itself is left out, so the figur
 """
 
 import argparse
+import gc
 import json
 import statistics
 import time
 
 import torch
+from torch import Tensor
 
 from orthrus.config import OrthrusConfig
+from orthrus.model.masks import block_training_mask
 from orthrus.model.modeling import OrthrusLM
-from orthrus.training.recipe import ViewStage
-from orthrus.training.rows import one_reply_rows
-from orthrus.training.trainer import ViewTask, thaw
+from orthrus.training.anchors import Blocks
+from orthrus.training.forward import Passes, block_mask
+from orthrus.training.loss import Objective, chunk_loss, chunked_view_loss, view_loss
+from orthrus.training.rows import Rows, one_reply_rows
+from orthrus.training.trainer import thaw
+
+PATHS = ("naive", "compiled", "flex", "chunked")
 
 SHAPES = {
     "toy": dict(layers=2, hidden=64, heads=4, kv=2, mlp=96, tied=True, head_dim=16, vocab=512),
@@ -58,61 +72,105 @@ def weight_flops(shape: dict, *, row_tokens: int, num_queries: int) -> int:
     return teacher + 2 * forward + by_weights
 
 
-def main() -> None:
-    """Print one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="1.7b")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--row-tokens", type=int, default=2048)
-    parser.add_argument("--blocks", type=int, default=256)
-    parser.add_argument("--block-size", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--device", default="cuda")
-    options = parser.parse_args()
+class MicroBatch:
+    """One micro-batch along one path, put together from the package's own functions."""
+
+    def __init__(self, model: OrthrusLM, blocks: Blocks, path: str):
+        self.model, self.blocks = model, blocks
+        level = PATHS.index(path)
+        self.passes = Passes(model, compiled=level >= 1)
+        self.is_sparse, self.is_chunked = level >= 2, level >= 3
+        self.one_chunk = self.passes.compile(chunk_loss)
+
+    def __call__(self, rows: Rows, anchors_BA: Tensor) -> Tensor:
+        """The loss. ()."""
+        model, blocks, num_clean = self.model, self.blocks, rows.ids_BT.shape[1]
+        with torch.no_grad():
+            teacher_BTD, clean = self.passes.ar(rows.ids_BT, rows.positions_BT)
+        make_mask = block_mask if self.is_sparse else dense_mask
+        mask = make_mask(blocks, anchors_BA, num_clean=num_clean)
+        inputs = blocks.inputs(rows, anchors_BA, model.config.mask_token_id)
+        student_BQD = self.passes.blocks(inputs, clean, mask)
+        head_VD = model.lm_head.weight
+        if self.is_chunked:
+            return chunked_view_loss(
+                Objective(), blocks, rows, anchors_BA, teacher_BTD, student_BQD, head_VD, one_chunk=self.one_chunk
+            )[0]
+        return view_loss(Objective(), blocks, rows, anchors_BA, teacher_BTD @ head_VD.T, student_BQD @ head_VD.T)[0]
+
+
+def dense_mask(blocks: Blocks, anchors_BA: Tensor, *, num_clean: int) -> Tensor:
+    """The training mask as booleans, on any device."""
+    return block_training_mask(anchors_BA, blocks.block_Q, num_clean)
+
+
+def measure(options: argparse.Namespace, path: str) -> dict:
+    """The figures of one path, or what stopped it."""
     torch.manual_seed(0)
+    torch._dynamo.reset()
     shape, cuda = SHAPES[options.shape], options.device == "cuda"
-    started = time.perf_counter()
     model = new_model(shape, block_size=options.block_size, device=options.device)
     thaw(model, model.view_parameters())
-    task = ViewTask(model, ViewStage(blocks=((options.block_size, options.blocks),)))
+    blocks = Blocks.of(((options.block_size, options.blocks),), torch.device(options.device))
+    micro_batch = MicroBatch(model, blocks, path)
     generator = torch.Generator(options.device).manual_seed(0)
     ids = torch.randint(shape["vocab"] - 8, (options.rows, options.row_tokens), device=options.device)
     first = torch.full((options.rows,), 1, device=options.device)
     rows = one_reply_rows(ids, first, torch.full_like(first, options.row_tokens))
-    built, seconds, compile_seconds = time.perf_counter() - started, [], 0.0
+    times = []
     for step in range(options.steps + 2):
-        if cuda:
-            torch.cuda.synchronize()
-        begun = time.perf_counter()
-        loss, _ = task(rows, task.blocks.sample(rows.anchorable_BT, generator))
+        if cuda and step == 1:
+            torch.cuda.reset_peak_memory_stats()
+        begun = now(cuda)
+        loss = micro_batch(rows, blocks.sample(rows.anchorable_BT, generator))
         loss.backward()
-        if cuda:
-            torch.cuda.synchronize()
-        spent = time.perf_counter() - begun
-        if step == 0:
-            compile_seconds = spent
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-        elif step > 1:
-            seconds.append(spent)
-        print(f"step {step}: {spent:.3f} s", flush=True)
-    median = statistics.median(seconds)
-    num_queries = options.blocks * options.block_size
+        times.append(now(cuda) - begun)
+        print(f"{options.shape} {path} step {step}: {times[-1]:.3f} s", flush=True)
+    median, num_queries = statistics.median(times[2:]), options.blocks * options.block_size
     flops = options.rows * weight_flops(shape, row_tokens=options.row_tokens, num_queries=num_queries)
-    print(
-        json.dumps(
-            {
-                "shape": options.shape, "rows": options.rows, "row_tokens": options.row_tokens,
-                "blocks": options.blocks, "block_size": options.block_size, "microbatch_seconds": median,
-                "tflops": flops / median / 1e12, "tflop": flops / 1e12, "supervised_rows_per_second":
-                options.rows * options.blocks * (options.block_size - 1) / median,
-                "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
-                "first_step_seconds": compile_seconds, "build_seconds": built, "loss": loss.item(),
-                "hardware": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__,
-            }
-        ),
-        flush=True,
-    )  # fmt: skip
+    supervised = options.rows * options.blocks * (options.block_size - 1)
+    return {
+        "microbatch_seconds": median,
+        "tflops": flops / median / 1e12,
+        "supervised_rows_per_second": supervised / median,
+        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "first_step_seconds": times[0],
+        "loss": loss.item(),
+    }
+
+
+def now(cuda: bool) -> float:
+    """The time, all work on the device done."""
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def main() -> None:
+    """Print one JSON line for each path."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="1.7b")
+    parser.add_argument("--path", choices=PATHS, action="append", help="several: one after the other (chunked)")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--row-tokens", type=int, default=2048)
+    parser.add_argument("--blocks", type=int, default=256)
+    parser.add_argument("--block-size", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=8, help="timed, after two more")
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+    where = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    settings = {name: value for name, value in vars(options).items() if name not in ("path", "device")}
+    for path in options.path or ["chunked"]:
+        try:
+            figures = measure(options, path)
+        except torch.cuda.OutOfMemoryError as error:
+            figures = {"out_of_memory": str(error).split(".")[0]}
+        gc.collect()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+        print(
+            json.dumps({**settings, "path": path, "hardware": where, "torch": torch.__version__, **figures}), flush=True
+        )
 
 
 if __name__ == "__main__":
