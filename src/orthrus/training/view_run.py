@@ -328,7 +328,7 @@ def show_row(recipe: ViewRecipe, out: Path, number: int) -> None:
     if not 0 <= number < len(data):
         raise ValueError(f"--inspect: row {number} is not in 0 .. {len(data) - 1}")
     rows, blocks = Rows.from_batch(collate([data[number]]), isolated=data.isolated), Blocks.of(recipe.view.blocks)
-    generator = torch.Generator().manual_seed(draw_seed(recipe.seed, step=0, micro_batch=0, rank=0))
+    generator = torch.Generator().manual_seed(draw_seed(recipe.seed, step=0, row=0))
     anchors_1A = blocks.sample(rows.anchorable_BT, generator)
     console = Console(soft_wrap=True, highlight=False)
     console.print(inspect_row(rows, tokenizer, blocks, anchors_1A, coloured=console.is_terminal))
