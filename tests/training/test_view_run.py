@@ -271,8 +271,9 @@ def test_another_recipe_is_not_resumed(recipe: Path, whole: Path, tmp_path: Path
 def test_what_does_not_reach_a_weight_may_change(recipe: Path, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole / "checkpoint-4", tmp_path / "out" / "checkpoint-4")
     shutil.copy(recipe.parent / "text.jsonl", tmp_path / "moved.jsonl")
-    changes = [f"data.source={tmp_path / 'moved.jsonl'}", "train.save_steps=3", "evaluation.num_prompts=1"]
+    changes = [f"data.source={tmp_path / 'moved.jsonl'}", "train.save_steps=5", "evaluation.num_prompts=1"]
     run("train", "--config", recipe, "--out", tmp_path / "out", "--resume", *changes)
+    assert [path.name for path in complete(tmp_path / "out")] == ["checkpoint-5", "checkpoint-6"]
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 

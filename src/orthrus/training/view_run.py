@@ -168,12 +168,12 @@ def quiet() -> None:
 
 
 def prepare(recipe: ViewRecipe, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """What one process does for all: pack the rows, make sure that an upload will be possible."""
+    """What one process does for all: make sure that an upload will be possible, pack the rows."""
     out.mkdir(parents=True, exist_ok=True)
     clear_halves(out)
-    packed_dataset(recipe.data, tokenizer, cache=out / "rows")
-    if recipe.train.hub_model_id is not None:
+    if recipe.train.hub_model_id is not None:  # before the data, which may take long
         reach_hub(recipe.train.hub_model_id)
+    packed_dataset(recipe.data, tokenizer, cache=out / "rows")
 
 
 # --- what a run is made of ---------------------------------------------------------------------------------------

@@ -371,6 +371,12 @@ class _Stop(TrainerCallback):
     def __init__(self, trainer: OrthrusTrainer):
         self._trainer = trainer
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """How often is saved and logged is this command's to say; Trainer would go by the resumed state."""
+        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
