@@ -1,6 +1,7 @@
 """Decoding while a view is trained: N rises when training sees what decoding sees, and a broken mask is called so."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from orthrus.config import OrthrusConfig
+from orthrus.decoding.stats import DecodingStats
 from orthrus.model.modeling import OrthrusLM
-from orthrus.training import forward
+from orthrus.training import acceptance, forward
 from orthrus.training.acceptance import HeldOutPrompts, beginnings, prompts_of_file
 from orthrus.training.task import ViewTraining
 from orthrus.training.view_recipe import EvaluationSettings, TrainSettings, ViewSettings
@@ -139,6 +141,26 @@ def test_a_mask_that_shows_a_block_its_future_is_called_what_it_is(
     assert held.n[-1][1] < 1.5, held.n
     assert "warning: after 250 steps N is 1." in output and "the training mask" in output
     assert "so decoding sees something else than training does" in output
+
+
+@pytest.mark.parametrize(("after", "is_said"), [(1.5, True), (1.6, True), (1.8, False)])
+def test_n_that_is_not_near_one_but_does_not_rise_is_called_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], after: float, is_said: bool
+) -> None:
+    """A copy of the AR view drafts something: with a broken mask N stays where it was, or falls, but not to 1."""
+    control, tokenizer = SimpleNamespace(should_log=False), byte_tokenizer()
+    training = SimpleNamespace(lm=new_model(), task=SimpleNamespace(blocks=SimpleNamespace(groups=((BLOCK, 1),))))
+    trainer = SimpleNamespace(
+        training=training, args=SimpleNamespace(device=torch.device("cpu")), settings=TrainSettings(num_steps=8),
+        control=control, log=lambda logs: None, rows_n=1.3,
+    )  # fmt: skip
+    held: Any = HeldOutPrompts([[1, 2]], EvaluationSettings(warn_after=8), tokenizer=tokenizer)
+    held.trainer = trainer
+    for step, n in ((0, 1.6), (8, after)):
+        stats = DecodingStats(block_size=BLOCK, num_cycles=10, num_accepted=round(10 * (n - 1)))
+        monkeypatch.setattr(acceptance, "decode_all", lambda *args, stats=stats, **options: stats)
+        held.look(step)
+    assert ("no more than before training, 1.60" in capsys.readouterr().out) == is_said
 
 
 def test_prompts_are_the_beginnings_of_documents() -> None:

@@ -31,6 +31,7 @@ def write(tmp_path: Path, text: str) -> Path:
         ("name: x\nbsae: {}", "unknown key 'bsae'"),
         ("name: x\nview: {num_step: 3}", "recipe.view: unknown key 'num_step'"),
         ("name: x\nview: {num_steps: lots}", "recipe.view.num_steps: expected int, got 'lots'"),
+        ("name: x\nview: {learning_rate: .nan}", "recipe.view.learning_rate: expected float, got nan"),
         ("name: x\nview: 3", "recipe.view must be a mapping"),
         ("name: x\nview: {objective: {kind: lk}}", "recipe.view.objective.kind: must be one of kl, ce, tv, got 'lk'"),
         ("name: x\nview: {objective: {focus: 2}}", "objective.focus must be 0 .. 1"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -183,6 +184,33 @@ def test_ddp_and_fsdp2_train_alike(recipe: Path, history: dict[str, dict[str, An
         assert (one[name] - other[name]).abs().max() < 1e-4, name
 
 
+UNEVEN = ["view.objective={focus: 0.9, decay: 3.0}", "evaluation.every=0"]
+"""What gives some rows much more weight than others, besides the padding that some have."""
+
+
+def test_a_step_is_the_same_however_it_is_cut(recipe: Path) -> None:
+    """Into one micro-batch or four: the mean is over the step's drafts, not over micro-batches."""
+    views = []
+    for rows in (1, 4):
+        out = recipe.parent / f"cut-{rows}"
+        run("train", "--config", recipe, "--out", out, *UNEVEN, f"train.rows_per_pass={rows}")
+        losses = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        views.append(load_file(out / "model.safetensors") | {
+            f"log of step {line['step']}": torch.tensor([line["loss"], line["grad_norm"]])
+            for line in losses if "loss" in line
+        })  # fmt: skip
+    for name, one in views[0].items():
+        # Sums run in another order; a step moves a weight by up to 1e-3.
+        torch.testing.assert_close(one, views[1][name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_one_rank_and_two_train_alike(whole: Path, recipe: Path, history: dict[str, dict[str, Any]]) -> None:
+    assert history
+    one, other = (load_file(out / "model.safetensors") for out in (whole, recipe.parent / "ddp-whole"))
+    for name in one:
+        assert (one[name] - other[name]).abs().max() < 1e-4, name
+
+
 def test_torchrun_trains_as_any_two_processes_do(recipe: Path, history: dict[str, dict[str, Any]]) -> None:
     out = recipe.parent / "torchrun"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "orthrus"]
@@ -243,8 +271,9 @@ def test_another_recipe_is_not_resumed(recipe: Path, whole: Path, tmp_path: Path
 def test_what_does_not_reach_a_weight_may_change(recipe: Path, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole / "checkpoint-4", tmp_path / "out" / "checkpoint-4")
     shutil.copy(recipe.parent / "text.jsonl", tmp_path / "moved.jsonl")
-    changes = [f"data.source={tmp_path / 'moved.jsonl'}", "train.save_steps=3", "evaluation.num_prompts=1"]
+    changes = [f"data.source={tmp_path / 'moved.jsonl'}", "train.save_steps=5", "evaluation.num_prompts=1"]
     run("train", "--config", recipe, "--out", tmp_path / "out", "--resume", *changes)
+    assert [path.name for path in complete(tmp_path / "out")] == ["checkpoint-5", "checkpoint-6"]
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
@@ -310,8 +339,8 @@ def test_the_smoke_recipe_raises_n(tmp_path: Path) -> None:
     """A short piece of it: on the bundled base, N on prompts that no step has seen is higher after it than before."""
     package_text.main(str(tmp_path / "text.jsonl"))
     shorter = [
-        "train.num_steps=16", "train.rows_per_step=2", "train.rows_per_pass=2", "data.row_tokens=96",
-        "view.blocks=[[3, 32]]", "evaluation.every=16", "evaluation.max_new_tokens=24", "evaluation.num_prompts=8",
+        "train.num_steps=24", "train.rows_per_step=2", "train.rows_per_pass=2", "data.row_tokens=96",
+        "view.blocks=[[3, 32]]", "evaluation.every=24", "evaluation.max_new_tokens=24", "evaluation.num_prompts=8",
         "data.max_rows=150",
     ]  # fmt: skip
     smoke = Path(__file__).parents[2] / "recipes" / "smoke_cpu.yaml"

@@ -9,7 +9,6 @@ from torch import Tensor
 from orthrus.config import OrthrusConfig
 from orthrus.model.modeling import OrthrusLM
 from orthrus.training import view_trainer
-from orthrus.training.anchors import Blocks
 from orthrus.training.rows import Rows
 from orthrus.training.task import ViewTraining, draw_seed
 from orthrus.training.trainer import ViewTask
@@ -31,7 +30,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 def test_only_the_view_gets_gradients_and_in_fp32(tiny_config: OrthrusConfig) -> None:
     training = ViewTraining(new_model(tiny_config), SETTINGS, isolated=False)
-    training(*batch(), seed=5)[0].backward()
+    training(*batch(), seeds=[5, 6])[0].backward()
     view = training.lm.view_parameters()
     for name, parameter in training.lm.named_parameters():
         assert (parameter.grad is not None) == (name in view), name
@@ -43,14 +42,13 @@ def test_what_is_computed_is_what_the_saved_view_computes(tiny_config: OrthrusCo
     """The loss of fp32 weights is bit for bit that of the same weights cast to bf16, which is what decoding reads."""
     plain, (ids, document, reply) = new_model(tiny_config), batch()
     rows = Rows(ids, document, reply, isolated=False)
-    anchors = Blocks.of(SETTINGS.blocks).sample(rows.anchorable_BT, torch.Generator().manual_seed(5))
-    expected, _ = ViewTask(plain, SETTINGS)(rows, anchors)
     training = ViewTraining(new_model(tiny_config), SETTINGS, isolated=False)
-    assert torch.equal(training(ids, document, reply, seed=5)[0], expected)
+    expected, _ = ViewTask(plain, SETTINGS)(rows, training.anchors(rows, [5, 6]))
+    assert torch.equal(training(ids, document, reply, seeds=[5, 6])[0], expected)
     with torch.no_grad():
         for parameter in training.lm.view_parameters().values():
             parameter += parameter * 2**-12  # less than bf16 can tell apart
-    assert torch.equal(training(ids, document, reply, seed=5)[0], expected)
+    assert torch.equal(training(ids, document, reply, seeds=[5, 6])[0], expected)
 
 
 def test_steps_too_small_for_bf16_add_up(tiny_config: OrthrusConfig) -> None:
@@ -68,18 +66,22 @@ def test_checkpointing_changes_no_gradient(tiny_config: OrthrusConfig) -> None:
     gradients = []
     for checkpointed in (False, True):
         training = ViewTraining(new_model(tiny_config), SETTINGS, isolated=False, gradient_checkpointing=checkpointed)
-        training(*batch(), seed=5)[0].backward()
+        training(*batch(), seeds=[5, 6])[0].backward()
         gradients.append([parameter.grad for parameter in training.lm.view_parameters().values()])
     for plain, again in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, again, rtol=0, atol=0)
 
 
-def test_anchors_are_a_function_of_the_place_in_the_run() -> None:
-    places = [(s, m, r) for s in range(3) for m in range(3) for r in range(3)]
-    seeds = [draw_seed(7, step=s, micro_batch=m, rank=r) for s, m, r in places]
+def test_anchors_are_a_function_of_the_place_in_the_run(tiny_config: OrthrusConfig) -> None:
+    places = [(step, row) for step in range(3) for row in range(5)]
+    seeds = [draw_seed(7, step=step, row=row) for step, row in places]
     assert len(set(seeds)) == len(places) and all(0 <= seed < 2**63 for seed in seeds)
-    assert seeds == [draw_seed(7, step=s, micro_batch=m, rank=r) for s, m, r in places]
-    assert draw_seed(8, step=0, micro_batch=0, rank=0) != seeds[0]
+    assert seeds == [draw_seed(7, step=step, row=row) for step, row in places]
+    assert draw_seed(8, step=0, row=0) != seeds[0]
+    training, rows = ViewTraining(new_model(tiny_config), SETTINGS, isolated=False), Rows(*batch(), isolated=False)
+    together = training.anchors(rows, [5, 6])
+    alone = [training.anchors(Rows(*(x[b : b + 1] for x in batch()), isolated=False), [5 + b]) for b in range(2)]
+    assert torch.equal(together, torch.cat(alone)), "a row's anchors must not depend on its micro-batch"
 
 
 def order_of(ranks: int, monkeypatch: pytest.MonkeyPatch, num_rows: int = 26) -> list[list[list[int]]]:

@@ -1,6 +1,7 @@
 """`orthrus train`: run a recipe, a view's for any base or the bundled model's stages."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,9 +50,13 @@ def refuse(given: dict[str, Any], why: str) -> None:
 def run_view(recipe: Any, out: Path, *, device: str | None, resume: bool, dry: bool, inspect: int | None) -> None:
     """A view's recipe: train it, or say what that would be."""
     from orthrus.environment import pick_device
-    from orthrus.training.ranks import join_ranks, leave_ranks, rank
+    from orthrus.training.ranks import choose_gpu, join_ranks, leave_ranks, rank
     from orthrus.training.view_run import dry_run, show_row, train_view_recipe
 
+    if (inspect is not None or dry) and os.environ.get("RANK", "0") != "0":
+        return  # one process of torchrun's says it for all
+    if device is None or device.startswith("cuda"):
+        choose_gpu()
     where = pick_device(device)
     if inspect is not None:
         show_row(recipe, out, inspect)

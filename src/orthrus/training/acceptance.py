@@ -90,7 +90,8 @@ class HeldOutPrompts(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """What the untrained view drafts: where N starts."""
+        """What the untrained view drafts: where N starts. A resumed run has looked already."""
+        self.n = [(record["step"], record["eval_n"]) for record in state.log_history if "eval_n" in record]
         if state.global_step == 0:
             self.look(state.global_step)
 
@@ -116,18 +117,21 @@ class HeldOutPrompts(TrainerCallback):
         is_due = control.should_log  # Trainer takes a report for the one that is due, and would leave that out
         self.trainer.log({"eval_n": stats.tokens_per_cycle, "eval_tpf": stats.tokens_per_forward, **kept(stats)})
         control.should_log = is_due
-        if step >= self.settings.warn_after and stats.tokens_per_cycle < self.settings.warn_below:
+        is_low = stats.tokens_per_cycle < self.settings.warn_below
+        has_not_risen = step > self.n[0][0] and stats.tokens_per_cycle <= self.n[0][1]
+        if step >= self.settings.warn_after and (is_low or has_not_risen):
             self.warn(step, stats.tokens_per_cycle)
         return stats
 
     def warn(self, step: int, n: float) -> None:
-        """Say what N near 1 means, with what the training rows say beside it."""
-        rows_n = self.trainer.rows_n
+        """Say what N near 1, or no higher than before training, means, with what the training rows say beside it."""
+        rows_n, start = self.trainer.rows_n, self.n[0][1]
+        finding = "nothing is drafted" if n < self.settings.warn_below else f"no more than before training, {start:.2f}"
         beside = "" if rows_n is None else f"; on its training rows it would be {rows_n:.2f}"
         if rows_n is not None and rows_n > max(1.5, 1.5 * n):
             beside += ", so decoding sees something else than training does"
         if rank() == 0:
-            print(f"warning: after {step} steps N is {n:.2f}{beside}: nothing is drafted. {USUAL_MISTAKES}", flush=True)
+            print(f"warning: after {step} steps N is {n:.2f}{beside}: {finding}. {USUAL_MISTAKES}", flush=True)
 
 
 def kept(stats: DecodingStats) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -186,9 +187,11 @@ def convert(kind: Any, value: Any, where: str) -> Any:
         return None if value is None else convert(inner, value, where)
     if kind is float and type(value) in (int, float, str):
         try:  # YAML reads 1e-3, without a dot, as text.
-            return float(value)
+            number = float(value)
         except ValueError:
-            pass
-    if type(value) is kind:
+            number = math.nan  # which, like infinity, would pass every comparison that follows
+        if math.isfinite(number):
+            return number
+    elif type(value) is kind:
         return value
     raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r}")

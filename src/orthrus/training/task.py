@@ -8,6 +8,7 @@ require gradients.
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,9 +21,12 @@ from orthrus.training.rows import Rows
 from orthrus.training.trainer import ViewTask
 
 
-def draw_seed(seed: int, *, step: int, micro_batch: int, rank: int) -> int:
-    """The seed of one micro-batch's anchors: a hash of where it stands in the run, so that resuming needs no state."""
-    place = f"{seed}/{step}/{micro_batch}/{rank}".encode()
+def draw_seed(seed: int, *, step: int, row: int) -> int:
+    """The seed of one row's anchors: a hash of where it stands in the run, so that resuming needs no state.
+
+    `row` counts through the rows of a step, so neither the number of ranks nor the size of a micro-batch matters.
+    """
+    place = f"{seed}/{step}/{row}".encode()
     return int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little") >> 1
 
 
@@ -47,12 +51,19 @@ class ViewTraining(nn.Module):
         """The model itself, for reading weights and for decoding."""
         return self._whole[0]
 
-    def forward(self, ids: Tensor, document: Tensor, reply: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Loss of one micro-batch, and survival of its widest blocks (`loss.survival`). (), [K-1].
+    def forward(
+        self, ids: Tensor, document: Tensor, reply: Tensor, seeds: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of one micro-batch, its weight, and survival of its widest blocks (`ViewTask.weighted`). (), (), [K-1].
 
-        `ids`, `document` and `reply` are [B, T] (training/rows.py); `seed` decides where the anchors stand.
+        `ids`, `document` and `reply` are [B, T] (training/rows.py); `seeds` decide where the anchors of each row stand.
         """
         rows = Rows(ids, document, reply, isolated=self.isolated)
-        generator = torch.Generator(ids.device).manual_seed(seed)
-        loss, survival_J = self.task(rows, self.task.blocks.sample(rows.anchorable_BT, generator))
-        return loss, survival_J.detach()
+        loss, weight, survival_J = self.task.weighted(rows, self.anchors(rows, seeds))
+        return loss, weight, survival_J.detach()
+
+    def anchors(self, rows: Rows, seeds: Sequence[int]) -> Tensor:
+        """Anchors of all blocks, each row's drawn from its own seed. [B, A]."""
+        allowed_BT = rows.anchorable_BT
+        generators = [torch.Generator(allowed_BT.device).manual_seed(seed) for seed in seeds]
+        return torch.cat([self.task.blocks.sample(allowed_BT[b : b + 1], g) for b, g in enumerate(generators)])

@@ -22,7 +22,7 @@ from orthrus.config import OrthrusConfig
 from orthrus.model.modeling import OrthrusLM
 from orthrus.training.anchors import Blocks
 from orthrus.training.forward import LayerStep, Passes, block_mask
-from orthrus.training.loss import chunk_loss, chunked_view_loss, survival
+from orthrus.training.loss import chunk_loss, chunked_view_loss, position_weights, survival
 from orthrus.training.muon import Muon
 from orthrus.training.ranks import agree, average, num_ranks, once, rank
 from orthrus.training.recipe import BaseStage, Shape, Steps, ViewStage
@@ -279,6 +279,11 @@ class ViewTask:
 
     def __call__(self, rows: Rows, anchors_BA: Tensor) -> tuple[Tensor, Tensor]:
         """Loss, and survival of the widest blocks (`loss.survival`). (), [K-1]."""
+        loss, _, survival_J = self.weighted(rows, anchors_BA)
+        return loss, survival_J
+
+    def weighted(self, rows: Rows, anchors_BA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with the weight of all drafts, over which the loss is the mean, in between. (), (), [K-1]."""
         blocks, stage = self.blocks, self.stage
         document_BT = rows.document_BT if rows.isolated else None
         with torch.no_grad():
@@ -290,7 +295,9 @@ class ViewTask:
             stage.objective, blocks, rows, anchors_BA, hidden_BTD, student_BQD, self.model.lm_head.weight,
             one_chunk=self._one_chunk,
         )  # fmt: skip
-        return loss, survival(blocks, blocks.supervised(rows.reply_BT, anchors_BA), agrees_BQ)
+        supervised_BQ = blocks.supervised(rows.reply_BT, anchors_BA)
+        weight = position_weights(stage.objective, blocks, supervised_BQ, agrees_BQ).sum()
+        return loss, weight, survival(blocks, supervised_BQ, agrees_BQ)
 
 
 def train_view(model: OrthrusLM, rows: Iterable[Rows], stage: ViewStage, *, seed: int, log: Log, saver: Saver) -> int:

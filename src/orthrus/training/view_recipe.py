@@ -140,7 +140,8 @@ class EvaluationSettings:
     num_prompts: int = 16
     max_new_tokens: int = 128
     warn_after: int = 1000
-    """From this step on, N below `warn_below` is called what it is, with its usual causes."""
+    """From this step on, N below `warn_below`, or no higher than before training, is called what it is, with its usual
+    causes."""
     warn_below: float = 1.2
 
     def __post_init__(self):

@@ -168,12 +168,12 @@ def quiet() -> None:
 
 
 def prepare(recipe: ViewRecipe, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """What one process does for all: pack the rows, make sure that an upload will be possible."""
+    """What one process does for all: make sure that an upload will be possible, pack the rows."""
     out.mkdir(parents=True, exist_ok=True)
     clear_halves(out)
-    packed_dataset(recipe.data, tokenizer, cache=out / "rows")
-    if recipe.train.hub_model_id is not None:
+    if recipe.train.hub_model_id is not None:  # before the data, which may take long
         reach_hub(recipe.train.hub_model_id)
+    packed_dataset(recipe.data, tokenizer, cache=out / "rows")
 
 
 # --- what a run is made of ---------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ def show_row(recipe: ViewRecipe, out: Path, number: int) -> None:
     if not 0 <= number < len(data):
         raise ValueError(f"--inspect: row {number} is not in 0 .. {len(data) - 1}")
     rows, blocks = Rows.from_batch(collate([data[number]]), isolated=data.isolated), Blocks.of(recipe.view.blocks)
-    generator = torch.Generator().manual_seed(draw_seed(recipe.seed, step=0, micro_batch=0, rank=0))
+    generator = torch.Generator().manual_seed(draw_seed(recipe.seed, step=0, row=0))
     anchors_1A = blocks.sample(rows.anchorable_BT, generator)
     console = Console(soft_wrap=True, highlight=False)
     console.print(inspect_row(rows, tokenizer, blocks, anchors_1A, coloured=console.is_terminal))

@@ -5,6 +5,7 @@ Replaced, and why (docs/architecture.md has more):
 * the order of rows (`RowOrder`): a function of seed and place, the same however a run is cut into pieces;
 * wrapping for FSDP2 (`_wrap_model`): accelerate's shards modules that training never calls;
 * checkpoints (`_save_checkpoint` and the loads): Trainer's hold the whole model, are written in place, and are pickles;
+* the mean of a step: over all drafts of all its rows, where Trainer takes the mean of micro-batches' means;
 * a step whose loss or gradient is not finite: all ranks agree to leave it out, where Trainer would apply it.
 
     J = offsets of a draft in a block
@@ -37,6 +38,7 @@ from orthrus.training.checkpoints import (
     set_random_states,
     write_checkpoint,
 )
+from orthrus.training.loss import weighted_mean
 from orthrus.training.ranks import num_ranks, once, rank
 from orthrus.training.sharding import Sharded, fill, shard, whole
 from orthrus.training.stop import StopRequest
@@ -79,7 +81,7 @@ class RowOrder:
                 yield order[start : start + rows].tolist()
 
     def _order(self, epoch: int) -> Tensor:
-        seed = draw_seed(self.seed, step=-1 - epoch, micro_batch=0, rank=0)
+        seed = draw_seed(self.seed, step=-1 - epoch, row=0)
         return torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(seed))
 
 
@@ -111,7 +113,7 @@ def training_arguments(
         adam_beta1=train.betas[0],
         adam_beta2=train.betas[1],
         weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
+        max_grad_norm=0.0,  # `_get_grad_norm` clips, once the gradient is a mean
         optim="adamw_torch_fused" if cuda else "adamw_torch",
         seed=seed,
         logging_steps=train.log_steps,
@@ -158,7 +160,11 @@ class OrthrusTrainer(Trainer):
         self.was_stopped = False
         self.rows_n: float | None = None
         """N of greedy decoding from random anchors of training rows, in training's own mask, as last logged."""
-        self._bad_loss = torch.zeros((), dtype=torch.bool, device=args.device)
+        self._num_drafts = settings.rows_per_pass * int((~training.task.blocks.is_last_Q).sum())
+        self._step_sums = torch.zeros(2, device=args.device)
+        """Of this rank's drafts in this step: weighted losses, weights."""
+        self._window_sums = torch.zeros(2, device=args.device)
+        """Of all ranks' drafts since the last report."""
         self._survival: list[Tensor] = []
         self._at_step, self._micro_batch = -1, 0
         if settings.sharding == "fsdp2":
@@ -183,38 +189,52 @@ class OrthrusTrainer(Trainer):
     # --- one step ------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of one micro-batch, its anchors drawn for its place in the run."""
-        step = self.state.global_step
+        """One micro-batch's share of its step's loss, its anchors drawn for its place in the run.
+
+        The loss times its weight, so that micro-batches add up to a sum over drafts, of which `_get_grad_norm` makes
+        the mean. Dividing by the number of drafts, weighted or not, keeps it at a mean's size until then.
+        """
+        step, num_rows = self.state.global_step, len(inputs["ids"])
         self._at_step, self._micro_batch = step, (self._micro_batch + 1 if self._at_step == step else 0)
-        seed = draw_seed(self.args.seed, step=step, micro_batch=self._micro_batch, rank=rank())
-        loss, survival_J = model(inputs["ids"], inputs["document"], inputs["reply"], seed)
-        self._bad_loss |= ~loss.detach().isfinite()
+        first = (self._micro_batch * num_ranks() + rank()) * num_rows
+        seeds = [draw_seed(self.args.seed, step=step, row=row) for row in range(first, first + num_rows)]
+        loss, weight, survival_J = model(inputs["ids"], inputs["document"], inputs["reply"], seeds)
+        self._step_sums += torch.stack([loss.detach() * weight, weight])
         self._survival.append(survival_J)
-        return loss
+        return loss * (weight / self._num_drafts)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in Trainer; a loss that is not finite does not enter the log."""
         return super().training_step(*args, **kwargs).nan_to_num(0.0, 0.0, 0.0)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The gradient's norm, once all ranks have agreed what to do with this step.
+        """The norm of the step's gradient, which is made the mean over all its drafts and clipped.
 
-        One exchange a step: a rank that has met a loss or gradient that is not finite has everybody drop the gradient
-        (AdamW leaves parameters without one alone), and a rank that was asked to stop has everybody stop.
+        One exchange a step: the sums that the mean is made of; a rank that has met a loss or gradient that is not
+        finite has everybody drop the gradient (AdamW leaves parameters without one alone); and a rank that was asked to
+        stop has everybody stop.
         """
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm, device=self.args.device)
-        is_bad = self._bad_loss | ~norm.isfinite()
-        flags = torch.stack([is_bad.float(), torch.full_like(is_bad, bool(self.stop), dtype=torch.float)])
+        gradients = [parameter.grad for parameter in self._parameters().values() if parameter.grad is not None]
+        norm: Any = nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        is_bad = ~(norm + self._step_sums.sum()).isfinite()
+        facts = torch.cat([self._step_sums, torch.stack([is_bad, torch.full_like(is_bad, bool(self.stop))])])
         if num_ranks() > 1:
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        is_bad, self.was_stopped = (flag > 0 for flag in flags.tolist())
-        self._bad_loss.zero_()
-        if not is_bad:
-            self.num_skipped_in_a_row = 0
-            return norm
-        self._skip_step()
-        return None
+            dist.all_reduce(facts)
+        self._step_sums.zero_()
+        is_bad, self.was_stopped = (flag > 0 for flag in facts[2:].tolist())
+        if is_bad:
+            self._skip_step()
+            return None
+        self.num_skipped_in_a_row = 0
+        self._window_sums += facts[:2]
+        # Trainer and the ranks' exchange have made means of sums: by micro-batches, by ranks.
+        num_means = self._num_drafts * self.args.gradient_accumulation_steps * num_ranks()
+        scale = weighted_mean(torch.full_like(norm, num_means), facts[1])
+        norm = norm * scale
+        clip = (self.settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], scale * clip)
+        return norm
 
     def _skip_step(self) -> None:
         for parameter in self.training.parameters():
@@ -236,7 +256,10 @@ class OrthrusTrainer(Trainer):
             logs["rows_n"] = self.rows_n = 1 + survival_J.sum().item()
             logs["skipped_steps"] = self.num_skipped
             self._survival = []
+            logs["loss"] = weighted_mean(*self._window_sums).item()
+            self._window_sums.zero_()
         logs.pop("total_flos", None)  # Trainer counts none of these passes; --dry-run computes them
+        logs.pop("train_loss", None)  # a sum of `compute_loss`' shares, which is no mean
         super().log(logs, start_time)
 
     # --- several processes ---------------------------------------------------------------------------------------
@@ -347,6 +370,12 @@ class _Stop(TrainerCallback):
 
     def __init__(self, trainer: OrthrusTrainer):
         self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """How often is saved and logged is this command's to say; Trainer would go by the resumed state."""
+        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
