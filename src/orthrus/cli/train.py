@@ -1,6 +1,7 @@
 """`orthrus train`: run a recipe, a view's for any base or the bundled model's stages."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,8 +36,8 @@ def train(
         run_stages(recipe, corpus, out, names=(stages or STAGES).split(","), device=device)
         return
     refuse({"--corpus": corpus, "--stages": stages}, "only the bundled model's recipe has stages and a corpus")
-    if dry_run and (resume or inspect is not None):
-        raise ValueError("--dry-run goes with neither --resume nor --inspect")
+    if dry_run + resume + (inspect is not None) > 1:
+        raise ValueError("--dry-run, --inspect and --resume are three things to do: give one of them")
     run_view(recipe, out, device=device, resume=resume, dry=dry_run, inspect=inspect)
 
 
@@ -53,6 +54,8 @@ def run_view(recipe: Any, out: Path, *, device: str | None, resume: bool, dry: b
     from orthrus.training.view_run import dry_run, show_row, train_view_recipe
 
     where = pick_device(device)
+    if (inspect is not None or dry) and os.environ.get("RANK", "0") != "0":
+        return  # under torchrun one process prints and writes for all
     if inspect is not None:
         show_row(recipe, out, inspect)
         return
