@@ -186,6 +186,8 @@ def test_strange_folders_are_refused(tmp_path: Path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty and holds no manifest.json"), opened(tmp_path):
         pass
+    with pytest.raises(ValueError, match="thesis.txt is a file"), opened(tmp_path / "thesis.txt"):
+        pass
     other = tmp_path / "other"
     with opened(other) as run:
         for prompt in PROMPTS:

@@ -157,6 +157,7 @@ def test_prompt_longer_than_the_context_is_recorded_and_the_others_answered(base
     ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1 and last_json(result.stdout)["failed"] == 1
+    assert "1 prompts failed; " in result.stderr and "failed.jsonl says why" in result.stderr
     entry = json.loads((tmp_path / "run" / "failed.jsonl").read_text())
     assert entry["reason"] == "the prompt has 256 tokens, the model's context is 256"
     rows = pq.read_table(tmp_path / "run" / "part-00000.parquet").to_pylist()

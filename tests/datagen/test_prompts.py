@@ -117,7 +117,7 @@ def test_sources_that_cannot_be_read_are_refused_by_name(tmp_path: Path):
     (tmp_path / "b.jsonl").write_text('{"prompt": "half a \\ud83d pair"}\n')
     assert "b.jsonl: prompts cannot be read" in refusal(tmp_path / "b.jsonl")
     (tmp_path / "c.jsonl").write_text("")
-    assert "c.jsonl" in refusal(tmp_path / "c.jsonl")
+    assert "c.jsonl: there are no rows in it" in refusal(tmp_path / "c.jsonl")
     (tmp_path / "d.parquet").write_bytes(b"no parquet")
     assert "d.parquet: prompts cannot be read" in refusal(tmp_path / "d.parquet")
     assert "holds .parquet and .jsonl files" in refusal(tmp_path)

@@ -188,3 +188,6 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     path.write_text('{"text": "ab"}')
     with pytest.raises(ValueError, match="line 1: needs `prompt`"):
         prompts_of_file(str(path), tokenizer, 4, {})
+    path.write_text('{"prompt": ""}')
+    with pytest.raises(ValueError, match="line 1: the prompt is empty"):
+        prompts_of_file(str(path), tokenizer, 4, {})

@@ -107,6 +107,13 @@ def test_what_datagen_keeps_beside_its_shards_is_no_data(tmp_path: Path) -> None
     assert len(documents(build(tmp_path / "in", tmp_path / "cache"))) == 8
 
 
+def test_answers_without_a_finished_shard_are_no_data_yet(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "journal.jsonl", ANSWERS)
+    (tmp_path / "in" / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no finished shard of answers"):
+        build(tmp_path / "in", tmp_path / "cache")
+
+
 def test_rows_are_made_once_and_again_when_what_they_are_made_from_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

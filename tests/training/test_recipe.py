@@ -79,6 +79,8 @@ train: {num_steps: 4}
         ("train.num_steps=null", "either num_steps or num_epochs"),
         ("train.num_steps=1.5", "recipe.train.num_steps: expected int"),
         ("train.rows_per_pass=3", "train.rows_per_step 128 must be a multiple of train.rows_per_pass 3"),
+        ("train.learning_rate=.nan", "recipe.train.learning_rate: expected float, got nan"),
+        ("train.max_grad_norm=.inf", "recipe.train.max_grad_norm: expected float, got inf"),
         ("train.learning_rate=0", "train.learning_rate must be above 0"),
         ("train.warmup_share=5", "train.warmup_share is a share"),
         ("train.betas=[0.9]", "train.betas must be two numbers"),
@@ -86,7 +88,8 @@ train: {num_steps: 4}
         ("train.schedule=step", "recipe.train.schedule: must be one of cosine"),
         ("train.sharding=fsdp", "recipe.train.sharding: must be one of ddp, fsdp2"),
         ("train.report_to=[mlflow]", r"recipe.train.report_to\[0\]: must be one of trackio"),
-        ("train.report_to=wandb", "recipe.train.report_to"),
+        ("train.report_to=wandb", "recipe.train.report_to: expected a list, got 'wandb'"),
+        ("1=x", "recipe: unknown key '1'"),
         ("train.push_to_hub=true", "train.push_to_hub and train.hub_model_id go together"),
         ("train.keep_checkpoints=0", "train.keep_checkpoints must be at least 1"),
         ("evaluation.held_out_rows=0", "evaluation.every needs prompts"),
@@ -99,6 +102,16 @@ train: {num_steps: 4}
 def test_impossible_view_recipes_are_refused_by_name(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_any_recipe(write(tmp_path, VIEW), [override])
+
+
+def test_a_key_that_is_no_text_is_unknown(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="recipe: unknown key 1;"):
+        load_any_recipe(write(tmp_path, VIEW + "1: x\nfoo: y\n"))
+
+
+def test_a_view_recipe_without_its_kind_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the line `kind: view` is missing"):
+        load_any_recipe(write(tmp_path, VIEW.replace("kind: view\n", "")))
 
 
 @pytest.mark.parametrize("section", ["model", "data", "train"])

@@ -290,7 +290,10 @@ def test_what_does_not_reach_a_weight_may_change(recipe: Path, whole: Path, tmp_
         (["data.source=nowhere.jsonl"], "nowhere.jsonl"),
         (["--stages", "base"], "--stages: only the bundled model's recipe has stages"),
         (["--corpus", "x"], "--corpus: only the bundled model's recipe has stages and a corpus"),
-        (["--dry-run", "--resume"], "--dry-run goes with neither"),
+        (["--dry-run", "--resume"], "--dry-run, --inspect and --resume are three things to do"),
+        (["--inspect", "0", "--resume"], "--dry-run, --inspect and --resume are three things to do"),
+        (["data.row_tokens=257"], "data.row_tokens 257 is above the context of"),
+        (["data.row_tokens=257", "--dry-run"], "data.row_tokens 257 is above the context of"),
         (["--inspect", "900"], "--inspect: row 900 is not in 0 .. "),
         (["--device", "meta"], "--device meta"),
     ],
@@ -314,6 +317,29 @@ def test_a_row_is_shown(recipe: Path, tmp_path: Path) -> None:
 
 def test_a_finished_folder_is_not_written_again(recipe: Path, whole: Path) -> None:
     assert "holds a finished view" in refused("train", "--config", recipe, "--out", whole)
+
+
+def test_a_folder_of_something_else_is_refused_for_what_it_is(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    base = recipe.parent / "base"
+    assert "holds a checkpoint that no run of this kind wrote" in refused("train", "--config", recipe, "--out", base)
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "out" / "checkpoint-4")
+    message = refused("train", "--config", recipe, "--out", tmp_path / "out", "--dry-run")
+    assert "holds a run's checkpoints" in message and "--resume" not in message
+
+
+def test_a_run_among_its_data_is_refused(recipe: Path, tmp_path: Path) -> None:
+    shutil.copy(recipe.parent / "text.jsonl", tmp_path)
+    message = refused("train", "--config", recipe, "--out", tmp_path / "out", f"data.source={tmp_path}")
+    assert "its log would be data" in message
+
+
+@pytest.mark.parametrize("what", [["--dry-run"], ["--inspect", "0"]])
+def test_one_rank_prints_and_writes_for_all(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: list[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    result = run("train", "--config", recipe, "--out", tmp_path / "out", *what)
+    assert not result.output and not (tmp_path / "out").exists(), "two ranks would write one folder at once"
 
 
 def test_dry_run_says_what_it_would_take_and_leaves_a_loadable_view(recipe: Path, tmp_path: Path) -> None:

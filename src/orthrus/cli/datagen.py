@@ -306,6 +306,7 @@ def run(
     else:
         print(f"{out}: {summary.line()}")
     if summary.failed:
+        print(f"{summary.failed} prompts failed; {out}/failed.jsonl says why", file=sys.stderr)
         raise typer.Exit(1)
 
 

@@ -36,8 +36,8 @@ def train(
         run_stages(recipe, corpus, out, names=(stages or STAGES).split(","), device=device)
         return
     refuse({"--corpus": corpus, "--stages": stages}, "only the bundled model's recipe has stages and a corpus")
-    if dry_run and (resume or inspect is not None):
-        raise ValueError("--dry-run goes with neither --resume nor --inspect")
+    if dry_run + resume + (inspect is not None) > 1:
+        raise ValueError("--dry-run, --inspect and --resume are three things to do: give one of them")
     run_view(recipe, out, device=device, resume=resume, dry=dry_run, inspect=inspect)
 
 

@@ -287,7 +287,7 @@ class Endpoint:
         if self._encoder is None:
             raise ValueError(
                 f"{self._settings.address} returns no token ids of {what} ({IDS_FIELD}): name the model's "
-                "tokenizer, which makes them from the text"
+                "tokenizer with --tokenizer, which makes them from the text"
             )
         return self._encoder
 

@@ -56,6 +56,8 @@ class AnswerFolder:
         """Prompts of each shard that are neither answered nor given up by this run."""
 
     def __enter__(self) -> "AnswerFolder":
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file; name a folder to write")
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(blocking=False)

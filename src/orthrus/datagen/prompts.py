@@ -113,6 +113,8 @@ def read_rows(source: PromptSource, files: list[Path] | None, commit: str | None
     """The rows of local files, or of a Hub data set at the commit that was found for it."""
     try:
         yield from open_dataset(source, files, commit)
+    except StopIteration:  # what an empty file gives; in a generator it would be an error of its own
+        raise ValueError(f"{source.source}: there are no rows in it") from None
     except Exception as error:  # whatever the library's readers raise, the file or the data set is what is wrong
         cause = error.__cause__ or error
         raise ValueError(f"{source.source}: prompts cannot be read: {type(cause).__name__}: {cause}") from error

@@ -183,6 +183,8 @@ def prompts_of_file(
         if line.strip() and len(prompts) < num_prompts:
             where = f"evaluation.prompts: {path}, line {number}"
             prompts.append(prompt_of(line, tokenizer, template_options, where=where))
+            if not prompts[-1]:
+                raise ValueError(f"{where}: the prompt is empty")
     if not prompts:
         raise ValueError(f"evaluation.prompts: {path} holds no prompt")
     return prompts

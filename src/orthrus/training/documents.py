@@ -27,7 +27,9 @@ KINDS = {".parquet": "parquet", ".jsonl": "json"}
 LAYOUTS = (("prompt_ids", "response_ids"), ("messages",), ("text",))
 """The columns of each layout; the first that a source has is taken."""
 MANIFEST = "manifest.json"
-"""In a folder that `orthrus datagen` writes; the .jsonl files beside it are no answers."""
+"""In a folder that `orthrus datagen` writes."""
+NO_ANSWERS = ("journal.jsonl", "failed.jsonl")
+"""Beside a manifest: answers whose shard is not complete, and prompts without one."""
 MAX_ROW_TOKENS = 2**15 - 1
 """Documents and replies of a row are numbered in 16 bits."""
 
@@ -142,7 +144,14 @@ def folder_files(folder: Path) -> list[Path]:
     found = [file for file in found if file.is_file()]
     found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     tables, lines = ([file for file in found if file.suffix == suffix] for suffix in KINDS)
-    if tables and lines and not (folder / MANIFEST).is_file():
+    if (folder / MANIFEST).is_file():
+        answers = [file for file in lines if file.name not in NO_ANSWERS]
+        if not tables and len(answers) < len(lines):
+            raise ValueError(
+                f"data.source: {folder} holds no finished shard of answers: run its `orthrus datagen` command again"
+            )
+        return tables or answers
+    if tables and lines:
         raise ValueError(
             f"data.source: {folder} holds .parquet and .jsonl files: name one kind, as in {folder}/*.jsonl"
         )

@@ -163,7 +163,7 @@ def build(kind: type, settings: Any, where: str) -> Any:
     if not isinstance(settings, dict):
         raise ValueError(f"{where} must be a mapping, got {settings!r}")
     fields = {f.name: f for f in dataclasses.fields(kind)}
-    if unknown := sorted(set(settings) - set(fields)):
+    if unknown := sorted(set(settings) - set(fields), key=str):
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; known keys: {', '.join(fields)}")
     missing = (dataclasses.MISSING, dataclasses.MISSING)
     if lacking := [n for n, f in fields.items() if (f.default, f.default_factory) == missing and n not in settings]:
@@ -194,4 +194,5 @@ def convert(kind: Any, value: Any, where: str) -> Any:
             return number
     elif type(value) is kind:
         return value
-    raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+    name = "a list" if typing.get_origin(kind) is tuple else getattr(kind, "__name__", kind)
+    raise ValueError(f"{where}: expected {name}, got {value!r}")

@@ -180,6 +180,8 @@ class ViewRecipe:
 def load_any_recipe(path: str | Path, overrides: list[str] | None = None) -> "Recipe | ViewRecipe":
     """The recipe in a file, of the kind it says it is; `ValueError` naming whatever is wrong with it."""
     settings = read_settings(path, overrides)
+    if "kind" not in settings and not {"model", "data", "train"}.isdisjoint(settings):
+        raise ValueError(f"recipe {path}: the line `kind: view` is missing")
     return build(ViewRecipe if "kind" in settings else Recipe, settings, "recipe")
 
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from orthrus.environment import bundled_or
 from orthrus.model.checkpoint import load_model, load_tokenizer, read_checkpoint
 from orthrus.model.export import save_view, spare_token
+from orthrus.model.hub import find_folder
 from orthrus.model.modeling import OrthrusLM
 from orthrus.model.tensors import read_json
 from orthrus.training.acceptance import HeldOutPrompts, beginnings, prompts_of_file
@@ -60,8 +61,10 @@ def train_view_recipe(recipe: ViewRecipe, out: Path, *, device: torch.device, re
     """
     passes_per_step(recipe.train, world_size())
     check_place(recipe, device)
+    check_folders(recipe, out)
     checkpoint = where_to_start(out, resume=resume)
     quiet()
+    check_context(recipe)
     tokenizer = load_tokenizer(base_source(recipe), revision=recipe.model.revision)
     once(lambda: prepare(recipe, tokenizer, out))
     data = packed_dataset(recipe.data, tokenizer, cache=out / "rows")
@@ -141,7 +144,8 @@ def where_to_start(out: Path, *, resume: bool) -> Path | None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
     if is_finished(out):
-        raise ValueError(f"--out {out} holds a finished view; name another folder")
+        what = "a finished view" if (out / PROVENANCE).is_file() else "a checkpoint that no run of this kind wrote"
+        raise ValueError(f"--out {out} holds {what}; name another folder")
     found = find_checkpoint(out)
     if found is not None and not resume:
         raise ValueError(f"--out {out} holds {found.name} of a run: add --resume to go on, or name another folder")
@@ -153,6 +157,22 @@ def is_finished(out: Path) -> bool:
     if not (out / "config.json").is_file():
         return False
     return not ((out / PROVENANCE).is_file() and read_json(out / PROVENANCE).get("dry_run"))
+
+
+def check_folders(recipe: ViewRecipe, out: Path) -> None:
+    """`ValueError` for a run among its own data: its log would be read as data when it is resumed."""
+    source = Path(recipe.data.source).expanduser()
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"--out {out} lies in data.source {source}, where its log would be data; name another folder")
+
+
+def check_context(recipe: ViewRecipe) -> None:
+    """`ValueError` for rows or blocks with positions that the base has not."""
+    source = base_source(recipe)
+    fields = read_json(find_folder(source, weights=False, revision=recipe.model.revision) / "config.json")
+    context = fields.get("max_position_embeddings")
+    if isinstance(context, int) and recipe.data.row_tokens > context:
+        raise ValueError(f"data.row_tokens {recipe.data.row_tokens} is above the context of {source}, {context} tokens")
 
 
 def base_source(recipe: ViewRecipe) -> str:
@@ -307,8 +327,11 @@ def push(recipe: ViewRecipe, out: Path) -> None:
 def dry_run(recipe: ViewRecipe, out: Path) -> dict[str, Any]:
     """Build the model, print what a run would need, and write the untrained view to OUT."""
     passes_per_step(recipe.train, world_size())
-    where_to_start(out, resume=False)
+    check_folders(recipe, out)
+    if where_to_start(out, resume=True) is not None:
+        raise ValueError(f"--dry-run: --out {out} holds a run's checkpoints; name another folder")
     quiet()
+    check_context(recipe)
     source = base_source(recipe)
     model = load_base(recipe, load_tokenizer(source, revision=recipe.model.revision))
     found = budget(recipe, model.config, num_ranks=world_size())
