@@ -364,13 +364,13 @@ def test_the_finished_view_is_uploaded_alone(recipe: Path, tmp_path: Path, monke
 def test_the_smoke_recipe_raises_n(tmp_path: Path) -> None:
     """A short piece of it: on the bundled base, N on prompts that no step has seen is higher after it than before."""
     package_text.main(str(tmp_path / "text.jsonl"))
+    # Its own 80 steps raise N by a half; these by about 0.24.
     shorter = [
-        "train.num_steps=24", "train.rows_per_step=2", "train.rows_per_pass=2", "data.row_tokens=96",
-        "view.blocks=[[3, 32]]", "evaluation.every=24", "evaluation.max_new_tokens=24", "evaluation.num_prompts=8",
-        "data.max_rows=150",
+        "train.num_steps=16", "evaluation.every=16", "data.row_tokens=192", "data.max_rows=120",
+        "view.blocks=[[8, 16]]",
     ]  # fmt: skip
     smoke = Path(__file__).parents[2] / "recipes" / "smoke_cpu.yaml"
     source = f"data.source={tmp_path / 'text.jsonl'}"
     result = run("train", "--config", smoke, "--out", tmp_path / "out", source, *shorter)
     (_, first), (_, last) = last_json(result.output)["n"]
-    assert last > first + 0.05, (first, last)
+    assert last > first + 0.08, (first, last)
