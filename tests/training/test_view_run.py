@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 from orthrus.cli.app import app
 from orthrus.datagen import package_text
 from orthrus.model.checkpoint import load_model
-from orthrus.training import view_trainer
+from orthrus.training import view_run, view_trainer
 from orthrus.training.checkpoints import complete, find_checkpoint
+from orthrus.training.view_recipe import load_any_recipe
 from tests.cli.commands import last_json, refused, run
 from tests.training.view_files import same_states, write_files
 
@@ -350,6 +351,24 @@ def test_dry_run_says_what_it_would_take_and_leaves_a_loadable_view(recipe: Path
     assert facts["num_frozen"] + facts["num_trained"] == sum(p.numel() for p in model.parameters())
     assert "trained parameters" in result.output and "GFLOP" in result.output
     run("train", "--config", recipe, "--out", tmp_path / "out", "train.num_steps=1", "evaluation.every=0")
+
+
+def test_dry_run_of_many_ranks_needs_one_process(recipe: Path, tmp_path: Path) -> None:
+    sharded = ["train", "--config", recipe, "train.sharding=fsdp2", "train.rows_per_step=8", "--dry-run"]
+    assert "--ranks N" in refused(*sharded, "--out", tmp_path / "one")
+    one = last_json(run(*sharded[:3], "--dry-run", "--out", tmp_path / "ddp").output)
+    two = last_json(run(*sharded, "--ranks", "2", "--out", tmp_path / "two").output)
+    assert two["training_bytes"] < one["training_bytes"] and two["num_trained"] == one["num_trained"]
+    assert "--ranks" in refused("train", "--config", recipe, "--ranks", "2", "--out", tmp_path / "three")
+
+
+def test_held_out_rows_are_drawn_from_all_rows(recipe: Path) -> None:
+    settings = load_any_recipe(recipe, ["evaluation.held_out_rows=6"])
+    data = [{"row": torch.tensor(i)} for i in range(40)]
+    rows, held = view_run.split(data, settings)  # type: ignore[arg-type]
+    taken = [int(row["row"]) for row in held]
+    assert sorted([*rows.indices, *taken]) == list(range(40)) and len(taken) == 6
+    assert max(taken) - min(taken) > 10, "neighbours are of one kind"
 
 
 def test_the_finished_view_is_uploaded_alone(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

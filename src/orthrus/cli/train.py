@@ -18,6 +18,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print memory and arithmetic, write the untrained view, train nothing")
     ] = False,
+    ranks: Annotated[int | None, typer.Option(min=1, help="with --dry-run: of a run of so many processes")] = None,
     inspect: Annotated[int | None, typer.Option(help="print training row N with its mask, train nothing")] = None,
     corpus: Annotated[Path | None, typer.Option(help="bundled model: folder of the tokenised corpus")] = None,
     stages: Annotated[str | None, typer.Option(help=f"bundled model: which stages, in order ({STAGES})")] = None,
@@ -29,7 +30,7 @@ def train(
 
     recipe = load_any_recipe(config, overrides)
     if isinstance(recipe, Recipe):
-        given = {"--resume": resume, "--dry-run": dry_run, "--inspect": inspect is not None}
+        given = {"--resume": resume, "--dry-run": dry_run, "--ranks": ranks, "--inspect": inspect is not None}
         refuse(given, f"{config} is the bundled model's kind of recipe, which has no such option")
         if corpus is None:
             raise ValueError(f"{config} is trained from a corpus: give --corpus")
@@ -38,7 +39,10 @@ def train(
     refuse({"--corpus": corpus, "--stages": stages}, "only the bundled model's recipe has stages and a corpus")
     if dry_run + resume + (inspect is not None) > 1:
         raise ValueError("--dry-run, --inspect and --resume are three things to do: give one of them")
-    run_view(recipe, out, device=device, resume=resume, dry=dry_run, inspect=inspect)
+    refuse(
+        {"--ranks": ranks and not dry_run}, "has no effect without --dry-run; torchrun starts the processes of a run"
+    )
+    run_view(recipe, out, device=device, resume=resume, dry=dry_run, ranks=ranks, inspect=inspect)
 
 
 def refuse(given: dict[str, Any], why: str) -> None:
@@ -47,7 +51,9 @@ def refuse(given: dict[str, Any], why: str) -> None:
         raise ValueError(f"{wrong[0]}: {why}")
 
 
-def run_view(recipe: Any, out: Path, *, device: str | None, resume: bool, dry: bool, inspect: int | None) -> None:
+def run_view(
+    recipe: Any, out: Path, *, device: str | None, resume: bool, dry: bool, ranks: int | None, inspect: int | None
+) -> None:
     """A view's recipe: train it, or say what that would be."""
     from orthrus.environment import pick_device
     from orthrus.training.ranks import choose_gpu, join_ranks, leave_ranks, rank
@@ -62,7 +68,7 @@ def run_view(recipe: Any, out: Path, *, device: str | None, resume: bool, dry: b
         show_row(recipe, out, inspect)
         return
     if dry:
-        print(json.dumps(dry_run(recipe, out)), flush=True)
+        print(json.dumps(dry_run(recipe, out, num_ranks=ranks)), flush=True)
         return
     where = join_ranks(where)
     try:

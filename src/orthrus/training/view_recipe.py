@@ -194,7 +194,10 @@ def passes_per_step(train: TrainSettings, num_ranks: int) -> int:
             f"{train.rows_per_pass} x {num_ranks} ranks"
         )
     if train.sharding == "fsdp2" and num_ranks == 1:
-        raise ValueError("train.sharding fsdp2 spreads weights over ranks, and this is one: use torchrun, or ddp")
+        raise ValueError(
+            "train.sharding fsdp2 spreads weights over ranks, and this is one: use torchrun (--ranks N with --dry-run) "
+            "or ddp"
+        )
     return passes
 
 

@@ -200,12 +200,15 @@ def prepare(recipe: ViewRecipe, tokenizer: PreTrainedTokenizerBase, out: Path) -
 
 
 def split(data: PackedDataset, recipe: ViewRecipe) -> tuple[Subset, list[dict[str, Tensor]]]:
-    """The rows to train on, and the last few, which are held out for prompts."""
+    """The rows to train on, and a few drawn by the seed, which are held out for prompts.
+
+    Drawn, because a source's last rows may be of one kind: its last file's, or what fitted nowhere else when packing.
+    """
     num_held = recipe.evaluation.held_out_rows  # also when nobody looks: it decides what is trained on
     if num_held >= len(data):
         raise ValueError(f"evaluation.held_out_rows {num_held} leaves none of the {len(data)} rows for training")
-    num_rows = len(data) - num_held
-    return Subset(data, range(num_rows)), [data[i] for i in range(num_rows, len(data))]
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    return Subset(data, sorted(order[num_held:])), [data[i] for i in sorted(order[:num_held])]
 
 
 def prompts_of(
@@ -324,9 +327,10 @@ def push(recipe: ViewRecipe, out: Path) -> None:
 # --- without training --------------------------------------------------------------------------------------------
 
 
-def dry_run(recipe: ViewRecipe, out: Path) -> dict[str, Any]:
-    """Build the model, print what a run would need, and write the untrained view to OUT."""
-    passes_per_step(recipe.train, world_size())
+def dry_run(recipe: ViewRecipe, out: Path, *, num_ranks: int | None = None) -> dict[str, Any]:
+    """Build the model, print what a run on so many ranks (this one's) would need, write the untrained view to OUT."""
+    num_ranks = world_size() if num_ranks is None else num_ranks
+    passes_per_step(recipe.train, num_ranks)
     check_folders(recipe, out)
     if where_to_start(out, resume=True) is not None:
         raise ValueError(f"--dry-run: --out {out} holds a run's checkpoints; name another folder")
@@ -334,8 +338,8 @@ def dry_run(recipe: ViewRecipe, out: Path) -> dict[str, Any]:
     check_context(recipe)
     source = base_source(recipe)
     model = load_base(recipe, load_tokenizer(source, revision=recipe.model.revision))
-    found = budget(recipe, model.config, num_ranks=world_size())
-    say(report(found, recipe, num_ranks=world_size()))
+    found = budget(recipe, model.config, num_ranks=num_ranks)
+    say(report(found, recipe, num_ranks=num_ranks))
     facts = provenance(recipe, dry_run=True, settings=settings_of_run(recipe))
     out.mkdir(parents=True, exist_ok=True)
     write_view(model, out, tensors=dict(model.view_parameters()), facts=facts)
