@@ -145,4 +145,5 @@ def test_hub_data_set_is_read_at_the_commit_its_revision_stands_for(monkeypatch:
     assert read("some/prompts", revision="v2", split="chat").commit is None
     assert asked[-1] == (("some/prompts", None), {"revision": "v2", "split": "chat"})
     monkeypatch.setattr("datasets.load_dataset", offline)
-    assert "some/prompts: prompts cannot be read: ConnectionError: no network" in refusal("some/prompts")
+    assert ("some/prompts (no file or folder here, so taken for a data set on the Hub): prompts cannot be read: "
+            "ConnectionError: no network") in refusal("some/prompts")  # fmt: skip

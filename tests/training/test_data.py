@@ -241,7 +241,9 @@ def test_a_data_set_on_the_hub_that_cannot_be_had_is_named(tmp_path: Path, monke
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(ValueError, match=r"data.source: some/data \(Hub\) cannot be read: no network"):
+    with pytest.raises(
+        ValueError, match=r"data.source: some/data \(no file or folder here, .*\) cannot be read: no network"
+    ):
         build("some/data", tmp_path, config="sft", revision="abc")
 
 

@@ -117,7 +117,8 @@ def read_rows(source: PromptSource, files: list[Path] | None, commit: str | None
         raise ValueError(f"{source.source}: there are no rows in it") from None
     except Exception as error:  # whatever the library's readers raise, the file or the data set is what is wrong
         cause = error.__cause__ or error
-        raise ValueError(f"{source.source}: prompts cannot be read: {type(cause).__name__}: {cause}") from error
+        where = "" if files else " (no file or folder here, so taken for a data set on the Hub)"
+        raise ValueError(f"{source.source}{where}: prompts cannot be read: {type(cause).__name__}: {cause}") from error
 
 
 def open_dataset(source: PromptSource, files: list[Path] | None, commit: str | None) -> Any:

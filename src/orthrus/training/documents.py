@@ -172,7 +172,7 @@ def file_part(path: Path) -> Part:
 
 def hub_part(settings: DataSettings) -> Part:
     """A data set on the Hub, downloaded into `datasets`' own cache."""
-    name = f"{settings.source} (Hub)"
+    name = f"{settings.source} (no file or folder here, so taken for a data set on the Hub)"
     dataset = load(name, settings.source, settings.config, revision=settings.revision, split=settings.split or "train")
     # The files of `datasets`' cache lie under a name that has the data set's commit in it.
     files = [file["filename"] for file in dataset.cache_files]
