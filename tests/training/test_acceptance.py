@@ -139,6 +139,7 @@ def test_a_mask_that_shows_a_block_its_future_is_called_what_it_is(
     held = train(counter, tmp_path / "out")
     output = capsys.readouterr().out
     assert held.n[-1][1] < 1.5, held.n
+    assert "warning: a block of a training row is not what it is in decoding" in output.split("warning: after")[0]
     assert "warning: after 250 steps N is 1." in output and "the training mask" in output
     assert "so decoding sees something else than training does" in output
 

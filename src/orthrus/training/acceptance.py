@@ -21,7 +21,8 @@ from orthrus.decoding.portable import PortableBackend
 from orthrus.decoding.stats import DecodingStats
 from orthrus.decoding.stopping import Stopping, eos_token_ids
 from orthrus.training.ranks import num_ranks, rank
-from orthrus.training.rows import PADDING
+from orthrus.training.rows import PADDING, Rows
+from orthrus.training.selfcheck import SAME, agreement
 from orthrus.training.sharding import gathered
 from orthrus.training.view_recipe import EvaluationSettings
 
@@ -93,12 +94,30 @@ class HeldOutPrompts(TrainerCallback):
         """What the untrained view drafts: where N starts. A resumed run has looked already."""
         self.n = [(record["step"], record["eval_n"]) for record in state.log_history if "eval_n" in record]
         if state.global_step == 0:
+            self.check_block()
             self.look(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Look where a look is due."""
         if state.global_step % self.settings.every == 0 or state.global_step >= state.max_steps:
             self.look(state.global_step)
+
+    def check_block(self) -> None:
+        """Say so when a block of a training row is not computed as decoding computes it (selfcheck.py)."""
+        trainer = self.trainer
+        if trainer.settings.sharding == "fsdp2":
+            return  # a layer's weights are gathered for a step of the whole module only
+        training, device = trainer.training, trainer.args.device
+        items = [trainer.train_dataset[i] for i in range(trainer.settings.rows_per_pass)]
+        rows = Rows.from_batch(trainer.data_collator(items), isolated=training.isolated).to(device)
+        anchors_BA = training.task.blocks.sample(rows.anchorable_BT, torch.Generator(device).manual_seed(0))
+        found = agreement(training.task, rows, anchors_BA)
+        if found < SAME and rank() == 0:
+            print(
+                f"warning: a block of a training row is not what it is in decoding (cosine {found:.3f}, should be 1): "
+                f"the view would learn what it cannot use. {USUAL_MISTAKES}",
+                flush=True,
+            )
 
     @torch.no_grad()
     def look(self, step: int) -> DecodingStats:

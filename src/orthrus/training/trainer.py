@@ -285,12 +285,7 @@ class ViewTask:
     def weighted(self, rows: Rows, anchors_BA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same with the weight of all drafts, over which the loss is the mean, in between. (), (), [K-1]."""
         blocks, stage = self.blocks, self.stage
-        document_BT = rows.document_BT if rows.isolated else None
-        with torch.no_grad():
-            hidden_BTD, clean = self._passes.ar(rows.ids_BT, rows.positions_BT, document_BT)
-        mask = block_mask(blocks, anchors_BA, num_clean=rows.ids_BT.shape[1], document_BT=document_BT)
-        inputs = blocks.inputs(rows, anchors_BA, self.model.config.mask_token_id)
-        student_BQD = self._passes.blocks(inputs, clean, mask)
+        hidden_BTD, student_BQD = self.passes(rows, anchors_BA)
         loss, agrees_BQ = chunked_view_loss(
             stage.objective, blocks, rows, anchors_BA, hidden_BTD, student_BQD, self.model.lm_head.weight,
             one_chunk=self._one_chunk,
@@ -298,6 +293,15 @@ class ViewTask:
         supervised_BQ = blocks.supervised(rows.reply_BT, anchors_BA)
         weight = position_weights(stage.objective, blocks, supervised_BQ, agrees_BQ).sum()
         return loss, weight, survival(blocks, supervised_BQ, agrees_BQ)
+
+    def passes(self, rows: Rows, anchors_BA: Tensor) -> tuple[Tensor, Tensor]:
+        """Final hidden states of the clean rows in the AR view, and of all blocks. [B, T, D], [B, Q, D]."""
+        document_BT = rows.document_BT if rows.isolated else None
+        with torch.no_grad():
+            hidden_BTD, clean = self._passes.ar(rows.ids_BT, rows.positions_BT, document_BT)
+        mask = block_mask(self.blocks, anchors_BA, num_clean=rows.ids_BT.shape[1], document_BT=document_BT)
+        inputs = self.blocks.inputs(rows, anchors_BA, self.model.config.mask_token_id)
+        return hidden_BTD, self._passes.blocks(inputs, clean, mask)
 
 
 def train_view(model: OrthrusLM, rows: Iterable[Rows], stage: ViewStage, *, seed: int, log: Log, saver: Saver) -> int:
