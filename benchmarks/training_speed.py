@@ -1,13 +1,12 @@
 """Seconds, TFLOP/s and peak memory of one micro-batch of view training, at exact Qwen3 shapes with random weights.
 
-    python benchmarks/training_speed.py --shape 1.7b --rows 4 --path naive --path compiled --path flex --path chunked
+    python benchmarks/training_speed.py --shape 1.7b --rows 4 --path naive --path intervals     # default: all paths
 
-Each path adds one thing to the one before:
-
-    naive     layers in plain PyTorch, attention under a dense boolean mask, logits of all positions at once
-    compiled  layers compiled, one graph for all of them
-    flex      block-sparse attention instead of the dense mask
-    chunked   the head and the loss one chunk of positions at a time: what training runs
+    naive      layers in plain PyTorch, attention under a dense boolean mask, logits of all positions at once
+    compiled   layers compiled, one graph for all of them
+    chunked    also the head and the loss one chunk of positions at a time
+    flex       also block-sparse attention by PyTorch's flex_attention instead of the dense mask
+    intervals  this project's kernels instead of flex_attention: what training runs
 
 FLOPs counted are those of matrix products with weights: teacher forward over the clean row, block forward, its
 gradient by the inputs (all weights) and by the weights (the view's alone), the head once for each distinct position of
@@ -19,20 +18,23 @@ import gc
 import json
 import statistics
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from orthrus.config import OrthrusConfig
 from orthrus.model.masks import block_training_mask
 from orthrus.model.modeling import OrthrusLM
+from orthrus.training import forward
 from orthrus.training.anchors import Blocks
 from orthrus.training.forward import Passes, block_mask
 from orthrus.training.loss import Objective, chunk_loss, chunked_view_loss, view_loss
 from orthrus.training.rows import Rows, one_reply_rows
 from orthrus.training.trainer import thaw
 
-PATHS = ("naive", "compiled", "flex", "chunked")
+PATHS = ("naive", "compiled", "chunked", "flex", "intervals")
 
 SHAPES = {
     "toy": dict(layers=2, hidden=64, heads=4, kv=2, mlp=96, tied=True, head_dim=16, vocab=512),
@@ -79,7 +81,10 @@ class MicroBatch:
         self.model, self.blocks = model, blocks
         level = PATHS.index(path)
         self.passes = Passes(model, compiled=level >= 1)
-        self.is_sparse, self.is_chunked = level >= 2, level >= 3
+        self.is_chunked = level >= 2
+        self.make_mask = {"flex": flex_mask, "intervals": block_mask}.get(path, dense_mask)
+        attend: Any = flex_attend if path == "flex" else OUR_ATTEND
+        forward.masked_attend = attend
         self.one_chunk = self.passes.compile(chunk_loss)
 
     def __call__(self, rows: Rows, anchors_BA: Tensor) -> Tensor:
@@ -87,8 +92,7 @@ class MicroBatch:
         model, blocks, num_clean = self.model, self.blocks, rows.ids_BT.shape[1]
         with torch.no_grad():
             teacher_BTD, clean = self.passes.ar(rows.ids_BT, rows.positions_BT)
-        make_mask = block_mask if self.is_sparse else dense_mask
-        mask = make_mask(blocks, anchors_BA, num_clean=num_clean)
+        mask = self.make_mask(blocks, anchors_BA, num_clean=num_clean)
         inputs = blocks.inputs(rows, anchors_BA, model.config.mask_token_id)
         student_BQD = self.passes.blocks(inputs, clean, mask)
         head_VD = model.lm_head.weight
@@ -102,6 +106,32 @@ class MicroBatch:
 def dense_mask(blocks: Blocks, anchors_BA: Tensor, *, num_clean: int) -> Tensor:
     """The training mask as booleans, on any device."""
     return block_training_mask(anchors_BA, blocks.block_Q, num_clean)
+
+
+def flex_mask(blocks: Blocks, anchors_BA: Tensor, *, num_clean: int) -> BlockMask:
+    """The training mask as flex_attention's metadata, by way of booleans: `create_block_mask` compiles for minutes."""
+    block_Q, anchor_BQ = blocks.block_Q, anchors_BA[:, blocks.block_Q]
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        before_anchor = (k < num_clean) & (k < anchor_BQ[b, q])
+        return before_anchor | ((k >= num_clean) & (block_Q[(k - num_clean).clamp(min=0)] == block_Q[q]))
+
+    num_queries = len(block_Q)
+    return create_block_mask(
+        visible, len(anchors_BA), None, num_queries, num_clean + num_queries, device=anchors_BA.device.type
+    )
+
+
+OUR_ATTEND: Any = forward.masked_attend
+
+
+def flex_attend(
+    attention: Any, q: Tensor, clean: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], mask: Any
+) -> Tensor:
+    """`forward.masked_attend` by flex_attention."""
+    keys, values = (torch.cat(pair, dim=2) for pair in zip(clean, own, strict=True))
+    mixed = flex_attention(q, keys, values, block_mask=mask, enable_gqa=True, scale=attention.scaling)
+    return mixed.transpose(1, 2).flatten(2)
 
 
 def measure(options: argparse.Namespace, path: str) -> dict:
@@ -150,7 +180,7 @@ def main() -> None:
     """Print one JSON line for each path."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="1.7b")
-    parser.add_argument("--path", choices=PATHS, action="append", help="several: one after the other (chunked)")
+    parser.add_argument("--path", choices=PATHS, action="append", help="several: one after the other (all)")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--row-tokens", type=int, default=2048)
     parser.add_argument("--blocks", type=int, default=256)
@@ -160,7 +190,7 @@ def main() -> None:
     options = parser.parse_args()
     where = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     settings = {name: value for name, value in vars(options).items() if name not in ("path", "device")}
-    for path in options.path or ["chunked"]:
+    for path in options.path or PATHS:
         try:
             figures = measure(options, path)
         except torch.cuda.OutOfMemoryError as error:

@@ -1,9 +1,15 @@
 """Small random models that every test module may ask for."""
 
+import os
+
 import pytest
 import torch
 
-from orthrus.config import OrthrusConfig
+if not torch.cuda.is_available():
+    # Before anything imports Triton, which reads it when kernels are defined: a CPU runs them in its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from orthrus.config import OrthrusConfig  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -5,14 +5,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
 
 from orthrus.config import OrthrusConfig
 from orthrus.model import masks
 from orthrus.model.modeling import OrthrusLM
 from orthrus.training import forward
 from orthrus.training.anchors import Blocks
-from orthrus.training.forward import Passes, block_mask, clean_mask, masked_attend
+from orthrus.training.forward import Passes, block_mask
 from orthrus.training.loss import Objective, position_weights, view_loss
 from orthrus.training.recipe import ViewStage
 from orthrus.training.rows import PADDING, Rows
@@ -189,23 +188,3 @@ def test_rows_of_one_document_are_the_fast_causal_pass(model: OrthrusLM) -> None
     plain = Rows(rows.ids_BT, rows.document_BT, rows.reply_BT, isolated=False)
     slow, fast = (ViewTask(model, stage)(r, anchors)[0] for r in (rows, plain))
     torch.testing.assert_close(slow, fast)
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@torch.no_grad()
-def test_flex_attention_reads_what_dense_attention_reads(model: OrthrusLM) -> None:
-    """Forward and uncompiled, which is all that flex does on a CPU; tests/gpu has the gradients."""
-    rows = packed()
-    anchors, document = anchors_inside(rows), rows.document_BT
-    num_queries, block_Q = len(BLOCKS.block_Q), BLOCKS.block_Q
-    rule = masks.block_training_rule(anchors, block_Q, NUM_TOKENS, document)
-    flex = [
-        create_block_mask(masks.document_rule(document), 2, None, NUM_TOKENS, NUM_TOKENS, device="cpu"),
-        create_block_mask(rule, 2, None, num_queries, NUM_TOKENS + num_queries, device="cpu"),
-    ]
-    dense = [clean_mask(document), block_mask(BLOCKS, anchors, num_clean=NUM_TOKENS, document_BT=document)]
-    layer = model.model.layers[0]
-    for some, whole, num in zip(flex, dense, (NUM_TOKENS, num_queries), strict=True):
-        q, k, v = torch.randn(2, 4, num, 8), *torch.randn(2, 2, 2, whole.shape[2], 8)
-        mixed = [masked_attend(layer.self_attn, q, k, v, mask) for mask in (some, whole)]
-        torch.testing.assert_close(*mixed)

@@ -24,11 +24,15 @@ base: {row_tokens: 32, rows_per_step: 4, rows_per_pass: 2, num_steps: 8, warmup_
 unlikelihood: {num_rounds: 2, steps_per_round: 2, rows_per_step: 8, own_rows_per_pass: 2, corpus_rows_per_pass: 2,
   rollouts: {prompt_tokens: [8], row_tokens: 80, rows_per_batch: 8, num_batches: 1, sampled_share: 0.5}}
 sharpen: {num_rounds: 1, steps_per_round: 2, rows_per_step: 4, own_rows_per_pass: 3, corpus_rows_per_pass: 1,
-  digits_alike: true,
   rollouts: {prompt_tokens: [8], row_tokens: 80, rows_per_batch: 6, num_batches: 1, temperature: 0.3}}
+counting: {num_rounds: 3, steps_per_round: 1, rows_per_step: 4, own_rows_per_pass: 3, corpus_rows_per_pass: 1,
+  digits_alike: true,
+  rollouts: {prompt_tokens: [8], row_tokens: 80, rows_per_batch: 4, num_batches: 1, temperature: 0.3}}
 rollouts: {prompt_tokens: [4, 8], row_tokens: 80, rows_per_batch: 8, num_batches: 2, min_tokens: 0, sampled_share: 1.0}
 view: {rows_per_step: 4, rows_per_pass: 2, blocks: [[4, 2], [2, 2]], num_steps: 6, warmup_steps: 1}
 """
+
+LEARNING = ("unlikelihood", "sharpen", "counting")
 
 
 def invoke(run: Path, *arguments: str) -> list[str]:
@@ -124,14 +128,14 @@ def test_rollouts_written_again_replace_all_that_were_there(run: Path, tmp_path:
     assert not stale.exists(), "the view would be trained on rows of an earlier run"
 
 
-@pytest.mark.parametrize("name", ["unlikelihood", "sharpen"])
+@pytest.mark.parametrize("name", LEARNING)
 def test_the_base_learns_from_itself_once(run: Path, name: str) -> None:
     recipe = load_recipe(run / "recipe.yaml")
     with pytest.raises(ValueError, match=f"has been through the {name} stage"):
         stages.STAGES[name](recipe, run / "corpus", run / "out", torch.device("cpu"))
     facts = json.loads((run / "out" / "base" / "provenance.json").read_text())
     assert facts["num_steps"] == 8
-    assert [len(facts[name]["looping_share_of_greedy_rows"]) for name in ("unlikelihood", "sharpen")] == [2, 1]
+    assert [len(facts[name]["looping_share_of_greedy_rows"]) for name in LEARNING] == [2, 1, 3]
 
 
 def test_kept_tokens_follow_the_corpus(run: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from orthrus.config import OrthrusConfig
 from orthrus.datagen.regenerate import OwnRows, continue_rows, is_new_ngram, loop_start
 from orthrus.model.attention import run_layers
+from orthrus.model.masks import block_training_mask
 from orthrus.model.modeling import OrthrusLM
 from orthrus.training.anchors import Blocks, sample_anchors
 from orthrus.training.forward import Passes, block_mask
@@ -116,7 +117,7 @@ def test_a_copied_view_on_its_own_anchor_row_has_no_loss_at_the_first_draft(tiny
     rows, passes = some_rows(), Passes(model, compiled=False)
     anchors = some_anchors(rows)
     ar_hidden, clean = passes.ar(rows.ids_BT)
-    mask = block_mask(BLOCKS, anchors, num_clean=40)
+    mask = block_training_mask(anchors, BLOCKS.block_Q, 40)
     own = mask[:, :, 40:] & torch.ones(28, 28, dtype=torch.bool).tril()
     hidden = passes.blocks(BLOCKS.inputs(rows, anchors, 96), clean, torch.cat([mask[:, :, :40], own], dim=2))
     firsts = hidden[:, BLOCKS.offset_Q == 0]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-STAGES = "base,unlikelihood,sharpen,rollouts,view"
+STAGES = "base,unlikelihood,sharpen,counting,rollouts,view"
 
 
 def train(

@@ -6,7 +6,7 @@ against the sentence in its docstring (tests/model/test_masks.py). True means vi
     B = rows, Q = queries of a pass, S = cache slots, T = clean tokens of a training row, A = anchors (blocks) of one
 """
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,32 +43,6 @@ def document_mask(document_BT: Tensor) -> Tensor:
     return (places_T <= places_T[:, None]) & (document_BT[:, None, :] == document_BT[:, :, None])
 
 
-def document_rule(document_BT: Tensor) -> Callable[..., Tensor]:
-    """`document_mask` as a function of (row, head, query, key) indices, as `flex_attention` wants it."""
-
-    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (k <= q) & (document_BT[b, k] == document_BT[b, q])
-
-    return visible
-
-
-def block_training_rule(
-    anchors_BA: Tensor, block_Q: Tensor, num_clean: int, document_BT: Tensor | None = None
-) -> Callable[..., Tensor]:
-    """`block_training_mask` as a function of (row, head, query, key) indices, as `flex_attention` wants it."""
-    anchor_BQ = anchors_BA[:, block_Q]
-    document_BQ = None if document_BT is None else document_BT.gather(1, anchors_BA)[:, block_Q]
-
-    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        before_anchor = (k < num_clean) & (k < anchor_BQ[b, q])
-        if document_BT is not None and document_BQ is not None:
-            before_anchor = before_anchor & (document_BT[b, k.clamp(max=num_clean - 1)] == document_BQ[b, q])
-        own_block = (k >= num_clean) & (block_Q[(k - num_clean).clamp(min=0)] == block_Q[q])
-        return before_anchor | own_block
-
-    return visible
-
-
 def block_training_mask(
     anchors_BA: Tensor, block_Q: Tensor, num_clean: int, document_BT: Tensor | None = None
 ) -> Tensor:
@@ -85,3 +59,55 @@ def block_training_mask(
         sees_clean_BQT = sees_clean_BQT & (document_BT[:, None, :] == document_of_query_BQ[:, :, None])
     sees_block_QQ = block_Q[:, None] == block_Q[None, :]
     return torch.cat([sees_clean_BQT, sees_block_QQ.expand(len(anchors_BA), -1, -1)], dim=2)
+
+
+class Intervals(NamedTuple):
+    """A mask of training as numbers: query q of row b sees clean tokens first .. stop - 1 and block positions own_first
+    .. own_stop - 1, neither where a pass has no blocks. int32.
+
+    A block sees itself both ways, so own_first and own_stop are also the queries that see position q.
+    """
+
+    first_BQ: Tensor
+    stop_BQ: Tensor
+    own_first_Q: Tensor | None = None
+    own_stop_Q: Tensor | None = None
+
+    def mask(self, num_clean: int) -> Tensor:
+        """The same as booleans over [clean tokens ; block positions]. [B, Q, T] or [B, Q, T + Q]."""
+        clean_T = torch.arange(num_clean, device=self.first_BQ.device)
+        sees_clean_BQT = (clean_T >= self.first_BQ[..., None]) & (clean_T < self.stop_BQ[..., None])
+        if self.own_first_Q is None or self.own_stop_Q is None:
+            return sees_clean_BQT
+        places_Q = torch.arange(len(self.own_first_Q), device=clean_T.device)
+        sees_block_QQ = (places_Q >= self.own_first_Q[:, None]) & (places_Q < self.own_stop_Q[:, None])
+        return torch.cat([sees_clean_BQT, sees_block_QQ.expand(len(sees_clean_BQT), -1, -1)], dim=2)
+
+
+def document_starts(document_BT: Tensor) -> Tensor:
+    """Where the document of each token begins in its row; the tokens of a document stand together. [B, T]."""
+    places_T = torch.arange(document_BT.shape[1], device=document_BT.device)
+    starts_BT = torch.zeros_like(document_BT)
+    starts_BT[:, 1:] = places_T[1:] * (document_BT[:, 1:] != document_BT[:, :-1])
+    return starts_BT.cummax(dim=1).values
+
+
+def document_intervals(document_BT: Tensor) -> Intervals:
+    """`document_mask` as intervals: from the beginning of a token's document up to itself."""
+    stop_T = torch.arange(1, document_BT.shape[1] + 1, device=document_BT.device)
+    return Intervals(document_starts(document_BT).int(), stop_T.expand_as(document_BT).int().contiguous())
+
+
+def block_training_intervals(
+    anchors_BA: Tensor, block_Q: Tensor, offset_Q: Tensor, document_BT: Tensor | None = None
+) -> Intervals:
+    """`block_training_mask` as intervals. `offset_Q` is the place of each position in its block."""
+    starts_BA = (
+        torch.zeros_like(anchors_BA) if document_BT is None else document_starts(document_BT).gather(1, anchors_BA)
+    )
+    own_first_Q = torch.arange(len(block_Q), device=block_Q.device) - offset_Q
+    widths_A = torch.zeros_like(anchors_BA[0]).scatter_add_(0, block_Q, torch.ones_like(block_Q))
+    return Intervals(
+        starts_BA[:, block_Q].int(), anchors_BA[:, block_Q].int(),
+        own_first_Q.int(), (own_first_Q + widths_A[block_Q]).int(),
+    )  # fmt: skip

@@ -2,8 +2,8 @@
 
 The AR pass is frozen: it gives each layer's keys and values (what the blocks may read) and the teacher's logits. It is
 plainly causal where a row is one document, else causal within each document (`masks.document_mask`). The block pass
-attends to [clean keys ; block keys] under `masks.block_training_mask`. On a GPU masked attention is `flex_attention`;
-`dense_attend` is its slow, obviously right twin and what a CPU runs (flex has no backward there).
+attends to [clean keys ; block keys] under `masks.block_training_mask`. On a GPU both masks are intervals, which
+`interval_attention` reads; `dense_attend` is its slow, obviously right twin and what other devices run.
 
 One layer is compiled, not the model: its graph serves all layers, so compiling does not grow with depth.
 
@@ -18,57 +18,60 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from orthrus.model.attention import causal_attend, rms_norm, run_layer
-from orthrus.model.masks import block_training_mask, block_training_rule, document_mask, document_rule
+from orthrus.model.masks import (
+    Intervals,
+    block_training_intervals,
+    block_training_mask,
+    document_intervals,
+    document_mask,
+)
 from orthrus.training.anchors import Blocks
 
+if torch.cuda.is_available():  # a torch without CUDA comes without Triton
+    from orthrus.training.interval_attention import interval_attention
+
+Mask = Intervals | Tensor
+"""Intervals on CUDA, booleans [B, T, T] or [B, Q, T + Q] elsewhere."""
 Rope = tuple[Tensor, Tensor]
 KeyValues = list[tuple[Tensor, Tensor]]
 
 
-def ar_layer(
-    layer: nn.Module, hidden_BTD: Tensor, rope: Rope, mask: BlockMask | Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def ar_layer(layer: nn.Module, hidden_BTD: Tensor, rope: Rope, mask: Mask | None) -> tuple[Tensor, Tensor, Tensor]:
     """One layer of the AR view over clean rows, and its keys and values. [B, T, D], [B, G, T, H] twice."""
     kept: KeyValues = []
 
     def attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kept.append((k, v))
-        return causal_attend(attention, q, k, v) if mask is None else masked_attend(attention, q, k, v, mask)
+        return causal_attend(attention, q, k, v) if mask is None else masked_attend(attention, q, (k, v), None, mask)
 
     hidden_BTD = run_layer(layer, hidden_BTD, rope, attend, "ar")
     return hidden_BTD, *kept[0]
 
 
-def block_layer(
-    layer: nn.Module, hidden_BQD: Tensor, rope: Rope, clean: tuple[Tensor, Tensor], mask: BlockMask | Tensor
-) -> Tensor:
+def block_layer(layer: nn.Module, hidden_BQD: Tensor, rope: Rope, clean: tuple[Tensor, Tensor], mask: Mask) -> Tensor:
     """One layer of the diffusion view over all blocks, reading the clean rows' keys and values. [B, Q, D]."""
 
     def attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return masked_attend(attention, q, torch.cat([clean[0], k], dim=2), torch.cat([clean[1], v], dim=2), mask)
+        return masked_attend(attention, q, clean, (k, v), mask)
 
     return run_layer(layer, hidden_BQD, rope, attend, "diffusion")
 
 
-def masked_attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | Tensor) -> Tensor:
-    """Attention under a mask in either form. [B, Q, N * H]."""
-    if isinstance(mask, BlockMask):
-        return flex_attend(attention, q, k, v, mask)
-    return dense_attend(attention, q, k, v, mask)
-
-
-def flex_attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    """Block-sparse attention; must run compiled to be sparse."""
-    mixed = flex_attention(q, k, v, block_mask=mask, enable_gqa=True, scale=attention.scaling)
-    return mixed.transpose(1, 2).flatten(2)
+def masked_attend(
+    attention: nn.Module, q: Tensor, clean: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor] | None, mask: Mask
+) -> Tensor:
+    """Attention over clean keys and values and, in the block pass, those of the blocks. [B, Q, N * H]."""
+    if isinstance(mask, Intervals):
+        return interval_attention(q, clean, own, mask, scale=attention.scaling)
+    keys, values = clean if own is None else (torch.cat(pair, dim=2) for pair in zip(clean, own, strict=True))
+    return dense_attend(attention, q, keys, values, mask)
 
 
 def dense_attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask_BQS: Tensor) -> Tensor:
-    """The same attention with every key read and a boolean mask."""
+    """The same with every key read, under a boolean mask."""
     mixed = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask_BQS[:, None], enable_gqa=True, scale=attention.scaling
     )
@@ -125,11 +128,8 @@ class Passes:
             clean.append((k, v))
         return rms_norm(model.norm, hidden_BTD), clean
 
-    def blocks(self, inputs: tuple[Tensor, Tensor], clean: KeyValues, mask: BlockMask | Tensor) -> Tensor:
-        """The diffusion view over all blocks' (ids, positions): final hidden states [B, Q, D].
-
-        `mask` is a `BlockMask` (flex_attention) or a boolean tensor [B, Q, T + Q] (dense).
-        """
+    def blocks(self, inputs: tuple[Tensor, Tensor], clean: KeyValues, mask: Mask) -> Tensor:
+        """The diffusion view over all blocks' (ids, positions): final hidden states [B, Q, D]."""
         model, (ids_BQ, positions_BQ) = self.model.model, inputs
         # The first layer's input needs no gradient; saying otherwise spares compiling a second graph for that layer.
         hidden_BQD = model.embed_tokens(ids_BQ).requires_grad_(torch.is_grad_enabled())
@@ -145,24 +145,13 @@ class Passes:
         return self._block_layer(layer, hidden_BQD, rope, clean, mask)
 
 
-def clean_mask(document_BT: Tensor) -> Any:
+def clean_mask(document_BT: Tensor) -> Mask:
     """`masks.document_mask` in the form that this device's attention reads."""
-    if document_BT.device.type == "cpu":
-        return document_mask(document_BT)
-    num_rows, num_clean = document_BT.shape
-    # Compiled, or the mask would be materialised as rows x queries x keys booleans.
-    return create_block_mask(
-        document_rule(document_BT), num_rows, None, num_clean, num_clean, device=document_BT.device, _compile=True
-    )
+    return document_intervals(document_BT) if document_BT.is_cuda else document_mask(document_BT)
 
 
-def block_mask(blocks: Blocks, anchors_BA: Tensor, *, num_clean: int, document_BT: Tensor | None = None) -> Any:
+def block_mask(blocks: Blocks, anchors_BA: Tensor, *, num_clean: int, document_BT: Tensor | None = None) -> Mask:
     """`masks.block_training_mask` in the form that this device's attention reads."""
-    if anchors_BA.device.type == "cpu":
-        return block_training_mask(anchors_BA, blocks.block_Q, num_clean, document_BT)
-    num_queries = len(blocks.block_Q)
-    return create_block_mask(
-        block_training_rule(anchors_BA, blocks.block_Q, num_clean, document_BT),
-        len(anchors_BA), None, num_queries, num_clean + num_queries,
-        device=anchors_BA.device, _compile=True,
-    )  # fmt: skip
+    if anchors_BA.is_cuda:
+        return block_training_intervals(anchors_BA, blocks.block_Q, blocks.offset_Q, document_BT)
+    return block_training_mask(anchors_BA, blocks.block_Q, num_clean, document_BT)

@@ -111,6 +111,8 @@ class Recipe:
     """At a temperature near 1: the base unlearns its loops."""
     sharpen: UnlikelihoodStage = field(default_factory=UnlikelihoodStage)
     """The same, then, at a low temperature: the base becomes surer of what it prefers."""
+    counting: UnlikelihoodStage = field(default_factory=UnlikelihoodStage)
+    """The same once more, with all digits taken for one: the base unlearns counting up."""
     rollouts: RolloutStage = field(default_factory=RolloutStage)
     view: ViewStage = field(default_factory=ViewStage)
 

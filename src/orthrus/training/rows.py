@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from orthrus.datagen.regenerate import OwnRows
+from orthrus.model.masks import document_starts
 
 PADDING = -1
 """Document of the tokens that fill a row up."""
@@ -45,9 +46,7 @@ class Rows:
         places_T = torch.arange(self.ids_BT.shape[1], device=self.ids_BT.device)
         if not self.isolated:
             return places_T.expand_as(self.ids_BT)
-        starts_BT = torch.zeros_like(self.document_BT)
-        starts_BT[:, 1:] = places_T[1:] * (self.document_BT[:, 1:] != self.document_BT[:, :-1])
-        return places_T - starts_BT.cummax(dim=1).values
+        return places_T - document_starts(self.document_BT)
 
     @property
     def anchorable_BT(self) -> Tensor:

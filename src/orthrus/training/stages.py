@@ -1,7 +1,7 @@
-"""The stages that make the bundled model from a recipe and a tokenised corpus: base, unlikelihood, sharpen, rollouts,
-view.
+"""The stages that make the bundled model from a recipe and a tokenised corpus: base, unlikelihood, sharpen, counting,
+rollouts, view.
 
-Each stage reads what the one before wrote into the run's folder, so they can run in one process or in five:
+Each stage reads what the one before wrote into the run's folder, so they can run in one process or in six:
 
     OUT/tokens/ NAME-DIGEST.npy uint16, the tokenised corpus
     OUT/base/   the AR view alone, with the tokenizer: a stock base; provenance.json
@@ -125,6 +125,14 @@ def run_sharpen(recipe: Recipe, corpus: Path, out: Path, device: torch.device) -
     return learn_from_itself("sharpen", recipe.sharpen, recipe, corpus, out, device)
 
 
+def run_counting(recipe: Recipe, corpus: Path, out: Path, device: torch.device) -> dict:
+    """Let OUT/base unlearn counting up ("axis7 : int7", "axis8 : int8"), and write it again (`learn_from_itself`).
+
+    What a base does that has unlearnt its loops and become sure of itself, with `digits_alike`.
+    """
+    return learn_from_itself("counting", recipe.counting, recipe, corpus, out, device)
+
+
 def learn_from_itself(
     name: str, stage: UnlikelihoodStage, recipe: Recipe, corpus: Path, out: Path, device: torch.device
 ) -> dict:
@@ -221,6 +229,7 @@ STAGES = {
     "base": run_base,
     "unlikelihood": run_unlikelihood,
     "sharpen": run_sharpen,
+    "counting": run_counting,
     "rollouts": run_rollouts,
     "view": run_view,
 }
