@@ -248,6 +248,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_too_many_end_the_run(
         ("train.learning_rate=5e-4", "trained with train.learning_rate 0.001, this recipe says 0.0005"),
         ("seed=3", "trained with seed 0, this recipe says 3"),
         ("data.max_rows=20", "trained with data.max_rows None, this recipe says 20"),
+        ("evaluation.held_out_documents=4", "trained with evaluation.held_out_documents 3, this recipe says 4"),
         ("data.source=OTHER", "other data (data.source)"),
         ("model.base=OTHER", "another base (model.base)"),
     ],
