@@ -16,11 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from orthrus.decoding.decoder import Decoder, Request
-from orthrus.decoding.portable import PortableBackend
-from orthrus.decoding.stopping import Stopping
+from orthrus.decoding.batch import draft_greedily
 from orthrus.evaluation.suites import heldout_python_prompts
 from orthrus.model.checkpoint import load_model, load_tokenizer
 from orthrus.model.modeling import OrthrusLM
@@ -45,17 +42,10 @@ Counts = list[tuple[int, int]]
 """(accepted drafts, cycles) of each prompt."""
 
 
-@torch.no_grad()
 def decode(model: OrthrusLM, prompts: list[list[int]], *, block_size: int, max_new_tokens: int) -> Counts:
-    """All prompts in one batch, greedily."""
-    decoder = Decoder(PortableBackend(model, exact=False), block_size=block_size)
-    stopping = Stopping(max_new_tokens=max_new_tokens, eos_token_ids=frozenset({model.config.eos_token_id}))
-    # cuDNN's attention kernel plans anew for each length.
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        rows = [decoder.admit(Request(prompt_ids=prompt, stopping=stopping)).row for prompt in prompts]
-        while decoder.active:
-            decoder.step()
-    stats = [decoder.stats(row) for row in rows]
+    """All prompts, greedily."""
+    eos = frozenset({model.config.eos_token_id})
+    stats = draft_greedily(model, prompts, block_size=block_size, max_new_tokens=max_new_tokens, eos=eos)
     return [(one.num_accepted, one.num_cycles) for one in stats]
 
 

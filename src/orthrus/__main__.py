@@ -2,6 +2,8 @@
 
 import os
 import sys
+import traceback
+from contextlib import suppress
 
 from orthrus.cli.app import main
 
@@ -15,12 +17,24 @@ def main_of_a_rank() -> None:
     code = 1
     try:
         main()
+        code = 0
     except SystemExit as done:
-        code = done.code if isinstance(done.code, int) else int(done.code is not None)
+        code = exit_code(done)
+    except BaseException:  # nothing behind this function prints it
+        traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # its reader is gone, or it is closed: no reason to stay
+                stream.flush()
         os._exit(code)
+
+
+def exit_code(done: SystemExit) -> int:
+    """What Python makes of `sys.exit`'s argument: a number is the code, a text is printed and means 1."""
+    if done.code is None or isinstance(done.code, int):
+        return done.code or 0
+    print(done.code, file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

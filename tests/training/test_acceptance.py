@@ -13,11 +13,11 @@ from orthrus.config import OrthrusConfig
 from orthrus.decoding.stats import DecodingStats
 from orthrus.model.modeling import OrthrusLM
 from orthrus.training import acceptance, forward
-from orthrus.training.acceptance import HeldOutPrompts, beginnings, prompts_of_file
+from orthrus.training.acceptance import HeldOutPrompts
 from orthrus.training.task import ViewTraining
 from orthrus.training.view_recipe import EvaluationSettings, TrainSettings, ViewSettings
 from orthrus.training.view_trainer import OrthrusTrainer, training_arguments
-from tests.cli.tiny import TEMPLATE, byte_tokenizer
+from tests.cli.tiny import byte_tokenizer
 from tests.decoding.subjects import randomise
 from tests.decoding.trained import LENGTH, MODULUS, optimise
 
@@ -159,36 +159,6 @@ def test_n_that_is_not_near_one_but_does_not_rise_is_called_so(
     held.trainer = trainer
     for step, n in ((0, 1.6), (8, after)):
         stats = DecodingStats(block_size=BLOCK, num_cycles=10, num_accepted=round(10 * (n - 1)))
-        monkeypatch.setattr(acceptance, "decode_all", lambda *args, stats=stats, **options: stats)
+        monkeypatch.setattr(acceptance, "draft_greedily", lambda *args, stats=stats, **options: [stats])
         held.look(step)
     assert ("no more than before training, 1.60" in capsys.readouterr().out) == is_said
-
-
-def test_prompts_are_the_beginnings_of_documents() -> None:
-    document = torch.tensor([0] * 10 + [1] * 12 + [2] * 4 + [-1] * 6)
-    reply = torch.tensor([0] * 4 + [1] * 6 + [0] * 5 + [2] * 7 + [0] * 4 + [0] * 6)
-    item = {"ids": torch.arange(32), "document": document, "reply": reply}
-    # The first document may be the rest of one: it comes last. The third has no reply.
-    assert beginnings([item], 8) == [list(range(10, 15)), [0, 1, 2, 3]]
-    assert beginnings([item, item], 2) == [list(range(10, 15))] * 2
-    text = {"ids": torch.arange(32), "document": torch.zeros(32), "reply": torch.ones(32)}
-    assert beginnings([text], 1) == [list(range(16))], "of a text that is all reply, its first half at most"
-    with pytest.raises(ValueError, match="held_out_rows"):
-        beginnings([item | {"reply": reply * 0}], 1)
-
-
-def test_prompts_of_a_file(tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer()
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "ab"}\n\n{"messages": [{"role": "user", "content": "c"}]}\n')
-    with pytest.raises(ValueError, match="line 3: `messages`, but the base has no chat template"):
-        prompts_of_file(str(path), tokenizer, 4, {})
-    tokenizer.chat_template = TEMPLATE
-    texts = [tokenizer.decode(ids) for ids in prompts_of_file(str(path), tokenizer, 4, {"enable_thinking": False})]
-    assert texts == ["ab", "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"]
-    path.write_text('{"text": "ab"}')
-    with pytest.raises(ValueError, match="line 1: needs `prompt`"):
-        prompts_of_file(str(path), tokenizer, 4, {})
-    path.write_text('{"prompt": ""}')
-    with pytest.raises(ValueError, match="line 1: the prompt is empty"):
-        prompts_of_file(str(path), tokenizer, 4, {})

@@ -36,8 +36,9 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def build(source: Path | str, cache: Path, *, template: str | None = None, **fields: Any) -> PackedDataset:
+    held_out = {name: fields.pop(name) for name in ("num_held_out", "seed") if name in fields}
     settings = DataSettings(**{"source": str(source), "row_tokens": 32, **fields})  # type: ignore[arg-type]
-    return packed_dataset(settings, tokenizer(template), cache=cache)
+    return packed_dataset(settings, tokenizer(template), cache=cache, **held_out)
 
 
 def documents(rows: PackedDataset) -> list[tuple[list[int], list[int]]]:

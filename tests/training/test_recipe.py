@@ -92,7 +92,7 @@ train: {num_steps: 4}
         ("1=x", "recipe: unknown key '1'"),
         ("train.push_to_hub=true", "train.push_to_hub and train.hub_model_id go together"),
         ("train.keep_checkpoints=0", "train.keep_checkpoints must be at least 1"),
-        ("evaluation.held_out_rows=0", "evaluation.every needs prompts"),
+        ("evaluation.held_out_documents=0", "evaluation.every needs prompts"),
         ("evaluation.warn_below=0.5", "evaluation.warn_below must be at least 1"),
         ("name.x=1", "name is no section of the recipe"),
         ("seed", "must be section.key=value"),
@@ -135,7 +135,7 @@ def test_settings_of_a_run_leave_out_only_what_reaches_no_weight(tmp_path: Path)
     recipe = load_any_recipe(write(tmp_path, VIEW))
     assert isinstance(recipe, ViewRecipe)
     left_out = flat(dataclasses.asdict(recipe)).keys() - settings_of_run(recipe).keys()
-    assert {"train.learning_rate", "seed", "view.blocks", "evaluation.held_out_rows"}.isdisjoint(left_out)
+    assert {"train.learning_rate", "seed", "view.blocks", "evaluation.held_out_documents"}.isdisjoint(left_out)
     assert {"train.save_steps", "train.report_to", "evaluation.every"} <= left_out
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from orthrus.cli.app import app
@@ -19,8 +19,8 @@ from orthrus.datagen import package_text
 from orthrus.model.checkpoint import load_model
 from orthrus.training import view_run, view_trainer
 from orthrus.training.checkpoints import complete, find_checkpoint
-from orthrus.training.view_recipe import load_any_recipe
 from tests.cli.commands import last_json, refused, run
+from tests.cli.tiny import byte_tokenizer
 from tests.training.view_files import same_states, write_files
 
 PROGRAM = str(Path(__file__).with_name("interruption.py"))
@@ -248,6 +248,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_too_many_end_the_run(
         ("train.learning_rate=5e-4", "trained with train.learning_rate 0.001, this recipe says 0.0005"),
         ("seed=3", "trained with seed 0, this recipe says 3"),
         ("data.max_rows=20", "trained with data.max_rows None, this recipe says 20"),
+        ("evaluation.held_out_documents=4", "trained with evaluation.held_out_documents 3, this recipe says 4"),
         ("data.source=OTHER", "other data (data.source)"),
         ("model.base=OTHER", "another base (model.base)"),
     ],
@@ -262,8 +263,6 @@ def test_another_recipe_is_not_resumed(recipe: Path, whole: Path, tmp_path: Path
         shutil.copytree(recipe.parent / "base", tmp_path / "base")
         tensors = {name: tensor for name, tensor in model.state_dict().items() if "_diff." not in name}
         tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
-        from safetensors.torch import save_file
-
         save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
         change = f"model.base={tmp_path / 'base'}"
     assert message in refused("train", "--config", recipe, "--out", tmp_path / "out", "--resume", change)
@@ -283,11 +282,8 @@ def test_what_does_not_reach_a_weight_may_change(recipe: Path, whole: Path, tmp_
     [
         (["train.sharding=fsdp2"], "train.sharding fsdp2 spreads weights over ranks, and this is one"),
         (["train.report_to=[trackio]"], "train.report_to: trackio is not installed here"),
-        (["model.restart_view=true"], "model.restart_view:"),
-        (["model.mask_token_id=264"], "mask_token_id 264 is outside the embedding"),
-        (["evaluation.held_out_rows=90"], "evaluation.held_out_rows 90 leaves none"),
+        (["evaluation.held_out_documents=24"], "24 held out (evaluation.held_out_documents)"),
         (["train.rows_per_step=80"], "fewer than the 80 of one step"),
-        (["evaluation.prompts=nowhere.jsonl"], "evaluation.prompts: nowhere.jsonl cannot be read"),
         (["data.source=nowhere.jsonl"], "nowhere.jsonl"),
         (["--stages", "base"], "--stages: only the bundled model's recipe has stages"),
         (["--corpus", "x"], "--corpus: only the bundled model's recipe has stages and a corpus"),
@@ -303,6 +299,65 @@ def test_what_cannot_be_done_is_refused_in_one_line(
     recipe: Path, tmp_path: Path, change: list[str], message: str
 ) -> None:
     assert message in refused("train", "--config", recipe, "--out", tmp_path / "out", *change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("evaluation.prompts=nowhere.jsonl", "evaluation.prompts: nowhere.jsonl cannot be read"),
+        ("evaluation.prompts=LONG", "the prompt has 250 tokens, not 1 .. 246"),
+        ("evaluation.max_new_tokens=256", "evaluation.max_new_tokens 256 leaves no room in the base's context, 256"),
+        ("model.mask_token_id=264", "mask_token_id 264 is outside the embedding"),
+        ("model.restart_view=true", "model.restart_view:"),
+        ("model.base=VIEW", "is a view file, no base"),
+        ("model.base=bundled", "has a view already; model.restart_view=true trains a new one"),
+        ("model={base: bundled, restart_view: true, block_size: 8}", "model.block_size: "),
+        ("model.base=GPT2", "has model_type 'gpt2', which is not supported"),
+        ("model.base=CUT", "lacks 2 tensors"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_the_data_is_packed(
+    recipe: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, message: str
+) -> None:
+    """Packing may take hours, and a mistake elsewhere in the recipe must not cost them."""
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a" * 250}))
+    for name in ("gpt2", "cut"):
+        shutil.copytree(recipe.parent / "base", tmp_path / name)
+    config = json.loads((tmp_path / "gpt2" / "config.json").read_text())
+    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    tensors = load_file(tmp_path / "cut" / "model.safetensors")
+    save_file({name: tensors[name] for name in list(tensors)[2:]}, tmp_path / "cut" / "model.safetensors")
+    places = {"LONG": tmp_path / "long.jsonl", "VIEW": whole, "GPT2": tmp_path / "gpt2", "CUT": tmp_path / "cut"}
+    for word, path in places.items():
+        change = change.replace(word, str(path))
+    packed: list[int] = []
+    monkeypatch.setattr(view_run, "packed_dataset", lambda *arguments, **options: packed.append(1))
+    out = tmp_path / "out"
+    assert message in refused("train", "--config", recipe, "--out", out, change)
+    assert not packed and not out.exists()
+
+
+@pytest.mark.parametrize("packing", ["isolated", "concatenated"])
+def test_prompts_are_beginnings_of_documents_that_are_not_trained_on(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str
+) -> None:
+    seen: dict[str, Any] = {}
+
+    class Watched(view_run.HeldOutPrompts):
+        def on_train_begin(self, *arguments: Any, **options: Any) -> None:
+            seen.update(prompts=self.prompts, rows=self.trainer.train_dataset)
+
+    monkeypatch.setattr(view_run, "HeldOutPrompts", Watched)
+    settings = [f"data.packing={packing}", "data.anchors=all", "train.num_steps=1", "evaluation.max_new_tokens=1"]
+    run("train", "--config", recipe, "--out", tmp_path / "out", *settings)
+    texts = [json.loads(line)["text"] for line in (recipe.parent / "text.jsonl").read_text().splitlines()]
+    decode = byte_tokenizer().decode
+    trained = "".join(decode(row["ids"][row["document"] >= 0].tolist()) for row in seen["rows"])
+    held = [text for text in texts if text[:20] not in trained]
+    assert len(held) == 3, "all others must be trained on, from where they begin"
+    assert len(seen["prompts"]) == 2, "evaluation.num_prompts"
+    for prompt in seen["prompts"]:
+        assert any(decode(prompt) == text[: min(48, len(text) // 2)] for text in held)
 
 
 def test_options_that_a_bundled_recipe_does_not_have_are_refused(tmp_path: Path) -> None:
@@ -360,15 +415,6 @@ def test_dry_run_of_many_ranks_needs_one_process(recipe: Path, tmp_path: Path) -
     two = last_json(run(*sharded, "--ranks", "2", "--out", tmp_path / "two").output)
     assert two["training_bytes"] < one["training_bytes"] and two["num_trained"] == one["num_trained"]
     assert "--ranks" in refused("train", "--config", recipe, "--ranks", "2", "--out", tmp_path / "three")
-
-
-def test_held_out_rows_are_drawn_from_all_rows(recipe: Path) -> None:
-    settings = load_any_recipe(recipe, ["evaluation.held_out_rows=6"])
-    data = [{"row": torch.tensor(i)} for i in range(40)]
-    rows, held = view_run.split(data, settings)  # type: ignore[arg-type]
-    taken = [int(row["row"]) for row in held]
-    assert sorted([*rows.indices, *taken]) == list(range(40)) and len(taken) == 6
-    assert max(taken) - min(taken) > 10, "neighbours are of one kind"
 
 
 def test_the_finished_view_is_uploaded_alone(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ model: {base: BASE, dtype: float32, block_size: 8}
 data: {source: TEXT, row_tokens: 48}
 view: {blocks: [[8, 3], [4, 2]]}
 train: {num_steps: 6, rows_per_step: 4, rows_per_pass: 1, learning_rate: 1.0e-3, save_steps: 2, log_steps: 1}
-evaluation: {every: 3, held_out_rows: 3, num_prompts: 2, max_new_tokens: 10}
+evaluation: {every: 3, held_out_documents: 3, num_prompts: 2, max_new_tokens: 10}
 """
 STATES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "scheduler.json")
 

@@ -5,54 +5,29 @@ ever wrong: N is the only sign (method.md section 3). So the project's own decod
 training, every so many steps, and says plainly when N stays near 1.
 """
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
+from functools import reduce
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from orthrus.decoding.decoder import Decoder, Request
-from orthrus.decoding.portable import PortableBackend
+from orthrus.decoding.batch import draft_greedily
 from orthrus.decoding.stats import DecodingStats
-from orthrus.decoding.stopping import Stopping, eos_token_ids
+from orthrus.decoding.stopping import eos_token_ids
 from orthrus.training.ranks import num_ranks, rank
-from orthrus.training.rows import PADDING, Rows
+from orthrus.training.rows import Rows
 from orthrus.training.selfcheck import SAME, agreement
 from orthrus.training.sharding import gathered
 from orthrus.training.view_recipe import EvaluationSettings
-
-TEXT_PROMPT_TOKENS = 48
-"""Tokens of a prompt from a document that is all reply (plain text)."""
 
 USUAL_MISTAKES = (
     "The usual mistakes: the training mask (a block sees the clean row strictly before its anchor and all of itself, "
     "nothing else), the chat template (training rows and prompts must be written by the same one), the positions (a "
     "block's continue those of its document). `--inspect 0` shows a training row."
 )
-
-
-def decode_all(
-    model: Any, prompts: Sequence[Sequence[int]], *, block_size: int, max_new_tokens: int, eos: frozenset[int]
-) -> DecodingStats:
-    """What greedy drafting of these prompts took, all together."""
-    # Not exact: near-ties between a pass of one row and one of many do not matter to how well a view drafts.
-    decoder = Decoder(PortableBackend(model, exact=False), block_size=block_size)
-    stats = DecodingStats(block_size=decoder.block_size)
-    for prompt in prompts:
-        stopping = Stopping(max_new_tokens=max_new_tokens, eos_token_ids=eos)
-        record = decoder.admit(Request(prompt_ids=prompt, stopping=stopping))
-        while decoder.active:
-            decoder.step()
-        stats = stats.merge(decoder.stats(record.row))
-        decoder.release(record.row)
-    return stats
-
-
 COUNTS = ("num_prefills", "num_cycles", "num_plain_steps", "num_drafted", "num_accepted", "num_tokens")
 
 
@@ -125,12 +100,13 @@ class HeldOutPrompts(TrainerCallback):
         training = self.trainer.training
         model, device = training.lm, self.trainer.args.device
         mine = self.prompts[rank() :: num_ranks()]
+        block_size = max(width for width, _ in training.task.blocks.groups)
         with gathered(training) if self.trainer.settings.sharding == "fsdp2" else nullcontext():
-            stats = decode_all(
-                model, mine, block_size=max(width for width, _ in training.task.blocks.groups),
-                max_new_tokens=self.settings.max_new_tokens, eos=eos_token_ids(model, self._tokenizer),
+            found = draft_greedily(
+                model, mine, block_size=block_size, max_new_tokens=self.settings.max_new_tokens,
+                eos=eos_token_ids(model, self._tokenizer),
             )  # fmt: skip
-        stats = all_ranks(stats, device)
+        stats = all_ranks(reduce(DecodingStats.merge, found, DecodingStats(block_size=block_size)), device)
         self.n.append((step, stats.tokens_per_cycle))
         control = self.trainer.control
         is_due = control.should_log  # Trainer takes a report for the one that is due, and would leave that out
@@ -157,72 +133,3 @@ def kept(stats: DecodingStats) -> dict[str, float]:
     """eval_kept_J: share of the cycles with a J-th draft that kept it, J counted from 1 up to the last ever kept."""
     pairs = zip(stats.accepted_per_position, stats.drafted_per_position, strict=True)
     return {f"eval_kept_{j}": num / drafted for j, (num, drafted) in enumerate(pairs, start=1) if num}
-
-
-# --- prompts -----------------------------------------------------------------------------------------------------
-
-
-def beginnings(items: Sequence[dict[str, Tensor]], num_prompts: int) -> list[list[int]]:
-    """Prompts from packed rows: the beginnings of documents up to their first reply, one of each row, then the next.
-
-    Of a document that is all reply, the first `TEXT_PROMPT_TOKENS` tokens. Raises `ValueError` where no row has one.
-    """
-    by_row = [list(beginnings_of(item)) for item in items]
-    rounds = max(map(len, by_row), default=0)
-    prompts = [row[i] for i in range(rounds) for row in by_row if i < len(row)]
-    if not prompts:
-        raise ValueError("evaluation.held_out_rows: no document with a reply begins in the held-out rows")
-    return prompts[:num_prompts]
-
-
-def beginnings_of(item: dict[str, Tensor]) -> Iterator[list[int]]:
-    """The prompts of one row. Its first document may be the rest of one that began in the row before: it comes last."""
-    documents = [number for number in item["document"].unique().tolist() if number != PADDING]
-    for number in [*documents[1:], *documents[:1]]:
-        places = (item["document"] == number).nonzero()[:, 0]
-        ids, replies = item["ids"][places].tolist(), item["reply"][places] > 0
-        if not bool(replies.any()):
-            continue
-        first = int(replies.int().argmax())
-        length = first if first > 1 else min(TEXT_PROMPT_TOKENS, len(ids) // 2)
-        if length:
-            yield ids[:length]
-
-
-def prompts_of_file(
-    path: str, tokenizer: PreTrainedTokenizerBase, num_prompts: int, template_options: dict[str, Any]
-) -> list[list[int]]:
-    """Token ids of a JSON Lines file's prompts: `prompt`, plain text, or `messages`, a conversation before a reply."""
-    prompts: list[list[int]] = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"evaluation.prompts: {path} cannot be read: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip() and len(prompts) < num_prompts:
-            where = f"evaluation.prompts: {path}, line {number}"
-            prompts.append(prompt_of(line, tokenizer, template_options, where=where))
-            if not prompts[-1]:
-                raise ValueError(f"{where}: the prompt is empty")
-    if not prompts:
-        raise ValueError(f"evaluation.prompts: {path} holds no prompt")
-    return prompts
-
-
-def prompt_of(
-    line: str, tokenizer: PreTrainedTokenizerBase, template_options: dict[str, Any], *, where: str
-) -> list[int]:
-    """Token ids of one line."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        raise ValueError(f"{where}: not JSON") from None
-    if isinstance(record, dict) and isinstance(record.get("prompt"), str):
-        return tokenizer(record["prompt"])["input_ids"]
-    if isinstance(record, dict) and isinstance(record.get("messages"), list):
-        if not tokenizer.chat_template:
-            raise ValueError(f"{where}: `messages`, but the base has no chat template")
-        return tokenizer.apply_chat_template(
-            record["messages"], add_generation_prompt=True, tokenize=True, return_dict=False, **template_options
-        )
-    raise ValueError(f"{where}: needs `prompt` (text) or `messages` (a list)")

@@ -1,9 +1,11 @@
 """The data of a training run: packed rows, made once from a source and read from disk as they are needed.
 
     CACHE/KEY/index.json              settings, counts, fingerprint
+    CACHE/KEY/prompts.json            token ids: the beginnings of the documents that are held out (prompts.py)
     CACHE/KEY/rows-00000.safetensors  ids int32, document int16, reply int16, [rows, T] each
 
-KEY is a hash of what the rows are made from: the content of the source, the settings, the tokenizer with its template.
+KEY is a hash of what the rows are made from: the content of the source, the settings, the tokenizer with its template,
+and how many documents are held out by which seed.
 A folder appears whole or not at all, so what is there can be trusted.
 """
 
@@ -25,12 +27,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from orthrus.model.export import whole_folder
-from orthrus.training.documents import DataSettings, Part, open_source, read_documents
+from orthrus.training.documents import DataSettings, Part, open_source, read_rows
 from orthrus.training.packing import PackedRow, pack
+from orthrus.training.prompts import HeldOut, beginnings
 
-FORMAT = 1
+FORMAT = 2
 """Goes into every key: rows that another version packed in another way are not found."""
 INDEX = "index.json"
+PROMPTS = "prompts.json"
 SHARD_ROWS = 4096
 COLUMNS = ("ids", "document", "reply")
 
@@ -38,8 +42,8 @@ COLUMNS = ("ids", "document", "reply")
 class PackedDataset(Dataset):
     """Packed rows on disk, in a fixed order: item i is a dict of `ids`, `document` and `reply`, [T] int32 each.
 
-    Meaning and numbering are those of `rows.Rows`. `fingerprint` is the SHA-256 of all rows and of the settings that
-    made them, wherever the source lies.
+    Meaning and numbering are those of `rows.Rows`. `fingerprint` is the SHA-256 of all rows, of what was held out and
+    of the settings that made them, wherever the source lies. `prompts` are the beginnings of what was held out.
     """
 
     def __init__(self, folder: Path):
@@ -48,6 +52,7 @@ class PackedDataset(Dataset):
         self.settings = DataSettings(**index["settings"])
         self.fingerprint: str = index["fingerprint"]
         self.counts: dict[str, int] = index["counts"]
+        self.prompts: list[list[int]] = json.loads((folder / PROMPTS).read_text())
         self._open: dict[int, Any] = {}
 
     @property
@@ -79,7 +84,9 @@ class PackedDataset(Dataset):
             f"{counts['rows']:,} rows of {self.settings.row_tokens:,} tokens; "
             f"{counts['reply_tokens']:,} of {counts['tokens']:,} tokens are replies, {self.padding_share:.1%} padding"
         )
-        for name in ("documents_without_reply", "documents_dropped", "documents_cut", "pieces_without_reply"):
+        for name in (
+            "documents_without_reply", "documents_dropped", "documents_cut", "pieces_without_reply", "held_out",
+        ):  # fmt: skip
             text += f"; {name.replace('_', ' ')}: {counts[name]:,}" if counts[name] else ""
         return text
 
@@ -95,23 +102,25 @@ def collate(items: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([item[name] for item in items]).long() for name in COLUMNS}
 
 
-def packed_dataset(settings: DataSettings, tokenizer: Any, *, cache: Path) -> PackedDataset:
-    """The packed rows of a source, from the cache or made now.
+def packed_dataset(
+    settings: DataSettings, tokenizer: Any, *, cache: Path, num_held_out: int = 0, seed: int = 0
+) -> PackedDataset:
+    """The packed rows of a source without `num_held_out` of its documents, from the cache or made now.
 
     Raises `ValueError` naming what is wrong with the source, or that nothing in it can be learnt from.
     """
-    parts = open_source(settings)
-    folder = cache / cache_key(parts, settings, tokenizer)
+    parts, held_out = open_source(settings), HeldOut(num_held_out, seed=seed)
+    folder = cache / cache_key(parts, settings, tokenizer, held_out)
     if not (folder / INDEX).is_file():
         with whole_folder(folder, force=False) as staging:
-            write_rows(parts, settings, tokenizer, staging)
+            write_rows(parts, settings, tokenizer, held_out, staging)
     return PackedDataset(folder)
 
 
-def write_rows(parts: list[Part], settings: DataSettings, tokenizer: Any, folder: Path) -> None:
-    """Read, pack and write all rows, and the index behind them."""
+def write_rows(parts: list[Part], settings: DataSettings, tokenizer: Any, held_out: HeldOut, folder: Path) -> None:
+    """Read, pack and write all rows, the prompts of what is held out, and the index behind them."""
     counts: Counter[str] = Counter()
-    documents = read_documents(parts, settings, tokenizer, counts)
+    documents = held_out.leave(read_rows(parts, settings, tokenizer, counts))
     bar = tqdm(documents, desc="packing", unit=" documents", disable=None)
     rows = pack(bar, settings, counts)
     digest = hashlib.sha256(json.dumps(settings_of(settings), sort_keys=True).encode())
@@ -121,12 +130,19 @@ def write_rows(parts: list[Part], settings: DataSettings, tokenizer: Any, folder
             digest.update(column.tobytes())
         save_file(columns, shard_path(folder, number))
     bar.close()
+    for row in held_out.rows:
+        for document in row.documents:
+            digest.update(document.ids.tobytes())
+    counts["held_out"] = len(held_out.rows)
     if not counts["rows"]:
         raise ValueError(
             f"data.source: nothing to learn from in {settings.source}: {counts['source_rows']:,} rows, "
             f"{counts['documents_without_reply']:,} documents without a reply of two tokens, "
-            f"{counts['documents_dropped']:,} dropped as too long, {counts['pieces_without_reply']:,} such pieces"
+            f"{counts['documents_dropped']:,} dropped as too long, {counts['pieces_without_reply']:,} such pieces, "
+            f"{counts['held_out']:,} held out (evaluation.held_out_documents)"
         )
+    prompts = beginnings(held_out.rows, tokenizer, settings.template_options)
+    (folder / PROMPTS).write_text(json.dumps(prompts) + "\n")
     index = {"settings": dataclasses.asdict(settings), "counts": dict(counts), "fingerprint": digest.hexdigest()}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -147,12 +163,12 @@ def settings_of(settings: DataSettings) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(settings).items() if name != "source"}
 
 
-def cache_key(parts: list[Part], settings: DataSettings, tokenizer: Any) -> str:
+def cache_key(parts: list[Part], settings: DataSettings, tokenizer: Any, held_out: HeldOut) -> str:
     """What rows are made from, as a name."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     made_from = [
         FORMAT, SHARD_ROWS, settings_of(settings), [part.identity for part in parts], vocabulary,
-        tokenizer.chat_template,
+        tokenizer.chat_template, [held_out.num_documents, held_out.seed if held_out.num_documents else 0],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:24]

@@ -92,6 +92,18 @@ class Document:
         return bool(((self.reply[1:] == self.reply[:-1]) & (self.reply[1:] > 0)).any())
 
 
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """A row of a source and what it becomes."""
+
+    where: str
+    """Where it stands, for messages."""
+    content: dict[str, Any]
+    """Its columns, those of one of `LAYOUTS`."""
+    documents: list[Document]
+    """At least one, each with an anchor."""
+
+
 # --- where the rows come from ------------------------------------------------------------------------------------
 
 
@@ -232,10 +244,8 @@ def rows_of(part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
 # --- what a row holds --------------------------------------------------------------------------------------------
 
 
-def read_documents(
-    parts: list[Part], settings: DataSettings, tokenizer: Any, counts: Counter[str]
-) -> Iterator[Document]:
-    """All documents of a source in order; what they were, and what was left out, is counted.
+def read_rows(parts: list[Part], settings: DataSettings, tokenizer: Any, counts: Counter[str]) -> Iterator[SourceRow]:
+    """All rows of a source that hold a document, in order; what they were, and what was left out, is counted.
 
     Raises `ValueError` naming the row that cannot be a document, or a base that has no chat template.
     """
@@ -245,14 +255,14 @@ def read_documents(
             counts["source_rows"] += 1
             if missing := [name for name in part.columns if row[name] is None]:
                 raise ValueError(f"{where}: {missing[0]} is missing")
-            for document in encode(row, where):
-                if settings.anchors == "all":
-                    document = Document(document.ids, np.ones_like(document.reply))
-                counts["documents"] += 1
-                if document.has_anchor:
-                    yield document
-                else:
-                    counts["documents_without_reply"] += 1
+            found = list(encode(row, where))
+            if settings.anchors == "all":
+                found = [Document(document.ids, np.ones_like(document.reply)) for document in found]
+            usable = [document for document in found if document.has_anchor]
+            counts["documents"] += len(found)
+            counts["documents_without_reply"] += len(found) - len(usable)
+            if usable:
+                yield SourceRow(where, row, usable)
 
 
 def encoder_of(

@@ -133,10 +133,11 @@ class EvaluationSettings:
 
     every: int = 500
     """Steps between two looks; 0: never."""
-    held_out_rows: int = 16
-    """The data's last rows, never trained on; prompts are the beginnings of their documents."""
+    held_out_documents: int = 16
+    """Documents (whole rows of the source) that the seed draws and that are never trained on, not even when nobody
+    looks; prompts are their beginnings."""
     prompts: str | None = None
-    """A JSON Lines file of prompts (`prompt`: text, or `messages`) in place of held-out rows' beginnings."""
+    """A JSON Lines file of prompts (`prompt`: text, or `messages`) in place of held-out documents' beginnings."""
     num_prompts: int = 16
     max_new_tokens: int = 128
     warn_after: int = 1000
@@ -145,10 +146,10 @@ class EvaluationSettings:
     warn_below: float = 1.2
 
     def __post_init__(self):
-        at_least("evaluation", self, 0, "every", "held_out_rows", "warn_after")
+        at_least("evaluation", self, 0, "every", "held_out_documents", "warn_after")
         at_least("evaluation", self, 1, "num_prompts", "max_new_tokens", "warn_below")
-        if self.every and not self.held_out_rows and self.prompts is None:
-            raise ValueError("evaluation.every needs prompts: give evaluation.held_out_rows or evaluation.prompts")
+        if self.every and not self.held_out_documents and self.prompts is None:
+            raise ValueError("evaluation.every needs prompts: give evaluation.held_out_documents or evaluation.prompts")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

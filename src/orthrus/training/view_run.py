@@ -19,21 +19,31 @@ import transformers
 from rich.console import Console
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase
 
+from orthrus.config import OrthrusConfig
 from orthrus.environment import bundled_or
-from orthrus.model.checkpoint import load_model, load_tokenizer, read_checkpoint
+from orthrus.model.bases import check_base
+from orthrus.model.checkpoint import (
+    LoadedLM,
+    build_config,
+    expected_shapes,
+    load_model,
+    load_tokenizer,
+    plan_load,
+    read_checkpoint,
+)
 from orthrus.model.export import save_view, spare_token
 from orthrus.model.hub import find_folder
 from orthrus.model.modeling import OrthrusLM
 from orthrus.model.tensors import read_json
-from orthrus.training.acceptance import HeldOutPrompts, beginnings, prompts_of_file
+from orthrus.training.acceptance import HeldOutPrompts
 from orthrus.training.anchors import Blocks
 from orthrus.training.budget import budget, report
 from orthrus.training.checkpoints import clear_halves, find_checkpoint, read_run
 from orthrus.training.data import PackedDataset, collate, packed_dataset
 from orthrus.training.inspect import inspect_row
+from orthrus.training.prompts import prompts_of_file
 from orthrus.training.provenance import provenance, write_provenance
 from orthrus.training.ranks import num_ranks, once, rank
 from orthrus.training.rows import Rows
@@ -66,14 +76,16 @@ def train_view_recipe(recipe: ViewRecipe, out: Path, *, device: torch.device, re
     quiet()
     check_context(recipe)
     tokenizer = load_tokenizer(base_source(recipe), revision=recipe.model.revision)
+    config, sizes = plan_base(recipe, tokenizer)
+    prompts = read_prompts(recipe, tokenizer, config)
     once(lambda: prepare(recipe, tokenizer, out))
-    data = packed_dataset(recipe.data, tokenizer, cache=out / "rows")
-    rows, held_out = split(data, recipe)
-    num_steps = num_steps_of(recipe.train, len(rows))
-    RowOrder(len(rows), recipe.train, seed=recipe.seed, num_steps=num_steps)  # refuses too few rows
-    prompts = prompts_of(recipe, tokenizer, held_out)
+    data = packed_rows(recipe, tokenizer, out)
+    num_steps = num_steps_of(recipe.train, len(data))
+    RowOrder(len(data), recipe.train, seed=recipe.seed, num_steps=num_steps)  # refuses too few rows
+    if recipe.evaluation.every and not prompts:
+        prompts = held_out_prompts(recipe, data, config)
     args = training_arguments(recipe.train, out, seed=recipe.seed, num_steps=num_steps, device=device)
-    model = load_base(recipe, tokenizer).to(args.device)
+    model = load_base(recipe, sizes).to(args.device)
     facts = run_facts(recipe, data, model, num_steps=num_steps)
     if checkpoint is not None:
         check_same_run(read_run(checkpoint), facts, checkpoint)
@@ -83,7 +95,7 @@ def train_view_recipe(recipe: ViewRecipe, out: Path, *, device: torch.device, re
     held = HeldOutPrompts(prompts, recipe.evaluation, tokenizer=tokenizer) if recipe.evaluation.every else None
     with StopRequest().listening() as stop:
         trainer = OrthrusTrainer(
-            training, args, settings=recipe.train, rows=rows, collate=collate, run_facts=facts, stop=stop,
+            training, args, settings=recipe.train, rows=data, collate=collate, run_facts=facts, stop=stop,
             callbacks=[held] if held else [],
         )  # fmt: skip
         if held:
@@ -175,6 +187,55 @@ def check_context(recipe: ViewRecipe) -> None:
         raise ValueError(f"data.row_tokens {recipe.data.row_tokens} is above the context of {source}, {context} tokens")
 
 
+def plan_base(recipe: ViewRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[OrthrusConfig, dict[str, Any]]:
+    """The configuration of base and view, and the sizes of a view that is started; none where the base brings one.
+
+    Raises `ValueError` for a base that gets no view like this, as far as its files' headers tell: no weight is read.
+    """
+    settings, source = recipe.model, base_source(recipe)
+    checkpoint = read_checkpoint(source, revision=settings.revision)
+    if checkpoint.form == "view":
+        raise ValueError(f"model.base: {source} is a view file, no base: name the base that it was trained on")
+    check_base(checkpoint.config, where=source)
+    sizes: dict[str, Any] = {}
+    if checkpoint.form == "merged" and not settings.restart_view:
+        raise ValueError(f"model.base: {source} has a view already; model.restart_view=true trains a new one")
+    if checkpoint.form == "base":
+        if settings.restart_view:
+            raise ValueError(f"model.restart_view: {source} has no view to leave out")
+        mask = settings.mask_token_id
+        if mask is None:
+            mask = spare_token(source, tokenizer, revision=settings.revision)
+        sizes = {"block_size": settings.block_size, "mask_token_id": mask}
+    config, _ = build_config(LoadedLM.config_class, checkpoint.config, where=source, **sizes)
+    for name in ("block_size", "mask_token_id"):
+        if getattr(settings, name) not in (None, getattr(config, name)):
+            raise ValueError(f"model.{name}: {source} has {getattr(config, name)}, which stays as it is")
+    plan_load(checkpoint.tensors, expected_shapes(LoadedLM, config), where=source, start_view=bool(sizes))
+    return config, sizes
+
+
+def longest_prompt(recipe: ViewRecipe, config: OrthrusConfig) -> int:
+    """Tokens that a prompt of evaluation may have; `ValueError` when there is no room for one."""
+    context, num_new = config.max_position_embeddings, recipe.evaluation.max_new_tokens
+    if num_new >= context:
+        raise ValueError(f"evaluation.max_new_tokens {num_new} leaves no room in the base's context, {context} tokens")
+    return context - num_new
+
+
+def read_prompts(recipe: ViewRecipe, tokenizer: PreTrainedTokenizerBase, config: OrthrusConfig) -> list[list[int]]:
+    """The prompts of `evaluation.prompts`, none where it names no file or nobody looks."""
+    evaluation = recipe.evaluation
+    if not evaluation.every:
+        return []
+    longest = longest_prompt(recipe, config)
+    if evaluation.prompts is None:
+        return []
+    return prompts_of_file(
+        evaluation.prompts, tokenizer, evaluation.num_prompts, recipe.data.template_options, longest=longest
+    )
+
+
 def base_source(recipe: ViewRecipe) -> str:
     """Where the base lies."""
     return bundled_or(None) if recipe.model.base == BUNDLED_BASE else recipe.model.base
@@ -193,60 +254,38 @@ def prepare(recipe: ViewRecipe, tokenizer: PreTrainedTokenizerBase, out: Path) -
     clear_halves(out)
     if recipe.train.hub_model_id is not None:  # before the data, which may take long
         reach_hub(recipe.train.hub_model_id)
-    packed_dataset(recipe.data, tokenizer, cache=out / "rows")
+    packed_rows(recipe, tokenizer, out)
 
 
 # --- what a run is made of ---------------------------------------------------------------------------------------
 
 
-def split(data: PackedDataset, recipe: ViewRecipe) -> tuple[Subset, list[dict[str, Tensor]]]:
-    """The rows to train on, and a few drawn by the seed, which are held out for prompts.
-
-    Drawn, because a source's last rows may be of one kind: its last file's, or what fitted nowhere else when packing.
-    """
-    num_held = recipe.evaluation.held_out_rows  # also when nobody looks: it decides what is trained on
-    if num_held >= len(data):
-        raise ValueError(f"evaluation.held_out_rows {num_held} leaves none of the {len(data)} rows for training")
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
-    return Subset(data, sorted(order[num_held:])), [data[i] for i in sorted(order[:num_held])]
-
-
-def prompts_of(
-    recipe: ViewRecipe, tokenizer: PreTrainedTokenizerBase, held_out: list[dict[str, Tensor]]
-) -> list[list[int]]:
-    """The prompts that are decoded while training goes on."""
-    evaluation = recipe.evaluation
-    if not evaluation.every:
-        return []
-    if evaluation.prompts is not None:
-        return prompts_of_file(evaluation.prompts, tokenizer, evaluation.num_prompts, recipe.data.template_options)
-    return beginnings(held_out, evaluation.num_prompts)
-
-
-def load_base(recipe: ViewRecipe, tokenizer: PreTrainedTokenizerBase | None) -> OrthrusLM:
-    """The base in the recipe's dtype, its view a copy of its AR projections."""
-    settings, source = recipe.model, base_source(recipe)
-    dtype, revision = getattr(torch, settings.dtype), settings.revision
-    form = read_checkpoint(source, revision=revision).form
-    if form == "view":
-        raise ValueError(f"model.base: {source} is a view file, no base: name the base that it was trained on")
-    if form == "merged":
-        if not settings.restart_view:
-            raise ValueError(f"model.base: {source} has a view already; model.restart_view=true trains a new one")
-        model = load_model(source, revision=revision, dtype=dtype)
-        for name in ("block_size", "mask_token_id"):
-            if getattr(settings, name) not in (None, getattr(model.config, name)):
-                raise ValueError(f"model.{name}: {source} has {getattr(model.config, name)}, which stays as it is")
-        model.init_view()
-        return model
-    if settings.restart_view:
-        raise ValueError(f"model.restart_view: {source} has no view to leave out")
-    mask = settings.mask_token_id
-    if mask is None:
-        mask = spare_token(source, tokenizer, revision=revision)
-    return load_model(
-        source, revision=revision, dtype=dtype, start_view=True, block_size=settings.block_size, mask_token_id=mask
+def packed_rows(recipe: ViewRecipe, tokenizer: PreTrainedTokenizerBase, out: Path) -> PackedDataset:
+    """The rows to train on; the documents that evaluation holds out are not in them."""
+    return packed_dataset(
+        recipe.data, tokenizer, cache=out / "rows", num_held_out=recipe.evaluation.held_out_documents, seed=recipe.seed
     )
+
+
+def held_out_prompts(recipe: ViewRecipe, data: PackedDataset, config: OrthrusConfig) -> list[list[int]]:
+    """Beginnings of held-out documents, those that are no longer than a row: training knows no later positions."""
+    longest = min(recipe.data.row_tokens, longest_prompt(recipe, config))
+    found = [prompt for prompt in data.prompts if len(prompt) <= longest]
+    if not found:
+        raise ValueError(
+            f"evaluation.held_out_documents: the reply of none of the {data.counts['held_out']} begins within "
+            f"{longest} tokens: hold out more, or give evaluation.prompts"
+        )
+    return found[: recipe.evaluation.num_prompts]
+
+
+def load_base(recipe: ViewRecipe, sizes: dict[str, Any]) -> OrthrusLM:
+    """The base in the recipe's dtype, its view a copy of its AR projections; `sizes` are `plan_base`'s."""
+    dtype, revision = getattr(torch, recipe.model.dtype), recipe.model.revision
+    model = load_model(base_source(recipe), revision=revision, dtype=dtype, start_view=bool(sizes), **sizes)
+    if not sizes:
+        model.init_view()
+    return model
 
 
 def run_facts(recipe: ViewRecipe, data: PackedDataset, model: Any, *, num_steps: int) -> dict[str, Any]:
@@ -337,7 +376,8 @@ def dry_run(recipe: ViewRecipe, out: Path, *, num_ranks: int | None = None) -> d
     quiet()
     check_context(recipe)
     source = base_source(recipe)
-    model = load_base(recipe, load_tokenizer(source, revision=recipe.model.revision))
+    _, sizes = plan_base(recipe, load_tokenizer(source, revision=recipe.model.revision))
+    model = load_base(recipe, sizes)
     found = budget(recipe, model.config, num_ranks=num_ranks)
     say(report(found, recipe, num_ranks=num_ranks))
     facts = provenance(recipe, dry_run=True, settings=settings_of_run(recipe))
@@ -351,7 +391,7 @@ def show_row(recipe: ViewRecipe, out: Path, number: int) -> None:
     quiet()
     tokenizer = load_tokenizer(base_source(recipe), revision=recipe.model.revision)
     out.mkdir(parents=True, exist_ok=True)
-    data = packed_dataset(recipe.data, tokenizer, cache=out / "rows")
+    data = packed_rows(recipe, tokenizer, out)
     if not 0 <= number < len(data):
         raise ValueError(f"--inspect: row {number} is not in 0 .. {len(data) - 1}")
     rows, blocks = Rows.from_batch(collate([data[number]]), isolated=data.isolated), Blocks.of(recipe.view.blocks)
