@@ -10,6 +10,8 @@ A folder appears whole or not at all, so what is there can be trusted.
 import dataclasses
 import hashlib
 import json
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -27,12 +29,17 @@ from tqdm import tqdm
 from orthrus.model.export import whole_folder
 from orthrus.training.documents import DataSettings, Part, open_source, read_documents
 from orthrus.training.packing import PackedRow, pack
+from orthrus.training.ranks import rank
 
 FORMAT = 1
 """Goes into every key: rows that another version packed in another way are not found."""
 INDEX = "index.json"
 SHARD_ROWS = 4096
 COLUMNS = ("ids", "document", "reply")
+NOT_THE_ROWS = ("source", "revision", "config", "split", "bad_rows")
+"""Settings that say where data is taken from, and what happens to what is no data."""
+SEEN_WITHIN_S = 60
+"""A network disk may show this node only so much later what rank 0 wrote from another."""
 
 
 class PackedDataset(Dataset):
@@ -79,7 +86,8 @@ class PackedDataset(Dataset):
             f"{counts['rows']:,} rows of {self.settings.row_tokens:,} tokens; "
             f"{counts['reply_tokens']:,} of {counts['tokens']:,} tokens are replies, {self.padding_share:.1%} padding"
         )
-        for name in ("documents_without_reply", "documents_dropped", "documents_cut", "pieces_without_reply"):
+        left_out = ("documents_without_reply", "documents_dropped", "documents_cut", "pieces_without_reply")
+        for name in ("bad_rows", *left_out):
             text += f"; {name.replace('_', ' ')}: {counts[name]:,}" if counts[name] else ""
         return text
 
@@ -98,14 +106,29 @@ def collate(items: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
 def packed_dataset(settings: DataSettings, tokenizer: Any, *, cache: Path) -> PackedDataset:
     """The packed rows of a source, from the cache or made now.
 
-    Raises `ValueError` naming what is wrong with the source, or that nothing in it can be learnt from.
+    Rank 0 makes them before the others ask. Raises `ValueError` naming what is wrong with the source, or that nothing
+    in it can be learnt from.
     """
     parts = open_source(settings)
     folder = cache / cache_key(parts, settings, tokenizer)
-    if not (folder / INDEX).is_file():
+    if rank() > 0:
+        wait_for(folder / INDEX)
+    elif not (folder / INDEX).is_file():
         with whole_folder(folder, force=False) as staging:
             write_rows(parts, settings, tokenizer, staging)
     return PackedDataset(folder)
+
+
+def wait_for(index: Path) -> None:
+    """Wait until rows that rank 0 wrote are seen here; `ValueError` when they never are."""
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while not index.is_file():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"rank {rank()} does not see the rows that rank 0 packed ({index.parent}): give all nodes one shared "
+                "--out and the same data.source"
+            )
+        time.sleep(min(1, SEEN_WITHIN_S))
 
 
 def write_rows(parts: list[Part], settings: DataSettings, tokenizer: Any, folder: Path) -> None:
@@ -121,11 +144,14 @@ def write_rows(parts: list[Part], settings: DataSettings, tokenizer: Any, folder
             digest.update(column.tobytes())
         save_file(columns, shard_path(folder, number))
     bar.close()
+    if counts["bad_rows"]:
+        tqdm.write(f"{counts['bad_rows']:,} rows left out (data.bad_rows: skip)", file=sys.stderr)
     if not counts["rows"]:
         raise ValueError(
             f"data.source: nothing to learn from in {settings.source}: {counts['source_rows']:,} rows, "
             f"{counts['documents_without_reply']:,} documents without a reply of two tokens, "
-            f"{counts['documents_dropped']:,} dropped as too long, {counts['pieces_without_reply']:,} such pieces"
+            f"{counts['documents_dropped']:,} dropped as too long, {counts['pieces_without_reply']:,} such pieces, "
+            f"{counts['bad_rows']:,} bad rows"
         )
     index = {"settings": dataclasses.asdict(settings), "counts": dict(counts), "fingerprint": digest.hexdigest()}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -143,8 +169,9 @@ def shard_path(folder: Path, number: int) -> str:
 
 
 def settings_of(settings: DataSettings) -> dict[str, Any]:
-    """The settings less where the source lies: data that moved is the same data."""
-    return {name: value for name, value in dataclasses.asdict(settings).items() if name != "source"}
+    """The settings that decide how rows are made. Where the source is taken from does not: data that moved, or whose
+    newest revision was given a name, is the same data."""
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in NOT_THE_ROWS}
 
 
 def cache_key(parts: list[Part], settings: DataSettings, tokenizer: Any) -> str:
@@ -152,7 +179,7 @@ def cache_key(parts: list[Part], settings: DataSettings, tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     made_from = [
-        FORMAT, SHARD_ROWS, settings_of(settings), [part.identity for part in parts], vocabulary,
+        FORMAT, SHARD_ROWS, settings_of(settings), settings.bad_rows, [part.identity for part in parts], vocabulary,
         tokenizer.chat_template,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:24]
