@@ -159,7 +159,7 @@ def test_a_source_of_bad_rows_alone_is_refused_and_only_the_first_are_shown(
 
 
 def test_texts_are_encoded_together_and_as_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [f"x = {n}\n" * (n + 1) for n in range(7)] + [""]
+    texts = [f"x = {n}\n" * (n + 1) for n in range(7)] + ["", "y = 1"]
     talks = [turns("a", f"b = {n}", "c", "") for n in range(7)]
     monkeypatch.setattr(documents_module, "BATCH_CHARACTERS", 40)
     calls = []
@@ -172,7 +172,9 @@ def test_texts_are_encoded_together_and_as_alone(tmp_path: Path, monkeypatch: py
         write(tmp_path / "talk.jsonl", [{"messages": t} for t in talks]), tmp_path / "cache", template=PLAIN,
         row_tokens=256,
     )  # fmt: skip
-    assert 1 < len([call for call in calls if isinstance(call, list)]) < len(texts) + len(talks)
+    characters = [sum(map(len, call)) for call in calls if isinstance(call, list)]
+    assert len(characters) < len(texts) + len(talks), "one call for each"
+    assert max(characters) < 200 < sum(characters), "all of a source in one call"
     monkeypatch.undo()
     alone = [tokenizer()(text)["input_ids"] for text in texts]
     assert [ids for ids, _ in documents(text)] == sorted(ids for ids in alone if len(ids) > 1)
