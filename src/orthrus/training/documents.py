@@ -38,7 +38,7 @@ NO_ANSWERS = (JOURNAL, "failed.jsonl")
 MAX_ROW_TOKENS = 2**15 - 1
 """Documents and replies of a row are numbered in 16 bits."""
 BATCH_CHARACTERS = 2**20
-"""Text that the tokenizer gets in one call: enough for it to use all cores."""
+"""Text that the tokenizer gets in one call: calls cost something, and it may share one out over cores."""
 BATCH_ROWS = 1024
 """Rows that are read ahead at most, however little text they hold."""
 SHOWN_BAD_ROWS = 5
