@@ -1,12 +1,16 @@
 """Answers from this process: those of plain decoding, whatever shares the batch, whatever the order."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from typer.testing import CliRunner
 
+from orthrus.cli.app import app
 from orthrus.datagen.answers import AnswerSettings
 from orthrus.decoding.decoder import Decoder, Request
 from orthrus.decoding.portable import PortableBackend
@@ -14,6 +18,8 @@ from orthrus.decoding.sampling import Sampling
 from orthrus.decoding.stopping import Stopping, eos_token_ids
 from orthrus.environment import BUNDLED
 from orthrus.model.checkpoint import load_model, load_tokenizer
+from orthrus.training.data import packed_dataset
+from orthrus.training.documents import DataSettings
 from tests.cli.commands import last_json, refused, run
 from tests.cli.tiny import CONTEXT, TEMPLATE, byte_tokenizer, write_base
 
@@ -124,6 +130,31 @@ def test_base_without_a_view_answers_conversations_undrafted(base: Path, tmp_pat
     assert "has no view" in refused("datagen", prompts, tmp_path / "x", *given, "--block-size", 4)
 
 
+def test_an_answer_ends_before_a_token_that_the_tokenizer_does_not_have(base: Path, tmp_path: Path):
+    """The embedding has 264 rows, the tokenizer 258 tokens: training would refuse the answer."""
+    from transformers import Qwen3ForCausalLM
+
+    padded = tmp_path / "padded"
+    shutil.copytree(base, padded)
+    model, greedy = Qwen3ForCausalLM.from_pretrained(base), stock_greedy(base, load_ids([71, 72]), 4)
+    with torch.no_grad():
+        model.lm_head.weight[262] = model.lm_head.weight[greedy[0]] * 1.2
+        model.lm_head.weight[260] = model.lm_head.weight[greedy[3]] * 1.2
+    model.save_pretrained(padded)
+    prompts = write_prompts(tmp_path / "p.jsonl", "text", ["hi", "b", "zzz"])
+    arguments = ["datagen", prompts, tmp_path / "run", "--model", padded, "--max-new-tokens", 40, "--json"]
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 1 and last_json(result.stdout)["failed"] == 1
+    assert "first token is none of its tokenizer's" in (tmp_path / "run" / "failed.jsonl").read_text()
+    rows = pq.read_table(tmp_path / "run" / "part-00000.parquet").to_pylist()
+    for row in rows:
+        whole = stock_greedy(padded, load_ids(row["prompt_ids"]), 40)
+        first = next(place for place, token in enumerate(whole) if token >= 258)
+        assert first > 1 and row["response_ids"] == whole[:first] and row["finish_reason"] == "length"
+    settings = DataSettings(source=str(tmp_path / "run"), row_tokens=64)
+    assert packed_dataset(settings, byte_tokenizer(), cache=tmp_path).counts["documents"] == len(rows) == 2
+
+
 def load_ids(ids: list[int]) -> Any:
     import torch
 
@@ -141,10 +172,6 @@ def stock_greedy(folder: Path, ids: Any, num_tokens: int) -> list[int]:
 
 def test_prompt_longer_than_the_context_is_recorded_and_the_others_answered(base: Path, tmp_path: Path):
     prompts = write_prompts(tmp_path / "p.jsonl", "text", ["x" * CONTEXT, "short", "y" * (CONTEXT - 3)])
-    from typer.testing import CliRunner
-
-    from orthrus.cli.app import app
-
     arguments = [
         "datagen",
         str(prompts),

@@ -1,16 +1,40 @@
 """Which tokens of a conversation are replies, for every kind of chat template."""
 
+from typing import Any
+
 import pytest
 
-from orthrus.training.conversations import ConversationEncoder, Encoded
+from orthrus.training.conversations import ConversationEncoder
+from orthrus.training.documents import encode_pieces
 from tests.training.chat import FORGETFUL, MARKED, PLAIN, tokenizer, turns
 
 TALK = turns("a = 1", "b = 2", "def f(x):", "    return x\n\n\n", "thanks")
 NO_THINKING = {"enable_thinking": False}
 
 
-def encoder(template: str, options: dict | None = None) -> ConversationEncoder:
-    return ConversationEncoder(tokenizer(template), NO_THINKING if options is None else options)
+Encoded = tuple[list[int], list[int]]
+"""Token ids, and the reply of each."""
+
+
+class Encoder:
+    """A conversation's documents as they are trained on."""
+
+    def __init__(self, template: str, options: dict[str, Any]):
+        self._conversations = ConversationEncoder(tokenizer(template), options)
+
+    def replies(self, *arguments: Any) -> list[Encoded]:
+        return self._encode(self._conversations.replies(*arguments))
+
+    def whole(self, *arguments: Any) -> list[Encoded]:
+        return self._encode(self._conversations.whole(*arguments))
+
+    def _encode(self, documents: Any) -> list[Encoded]:
+        made = encode_pieces(documents, tokenizer(), special=False)
+        return [(document.ids.tolist(), document.reply.tolist()) for document in made]
+
+
+def encoder(template: str, options: dict | None = None) -> Encoder:
+    return Encoder(template, NO_THINKING if options is None else options)
 
 
 def texts(encoded: Encoded) -> tuple[str, list[str]]:

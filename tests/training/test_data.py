@@ -1,6 +1,7 @@
 """From files to rows: what every layout becomes, what is refused, and that a cache is never a surprise."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch.utils.data import DataLoader
 from orthrus.config import OrthrusConfig
 from orthrus.model.modeling import OrthrusLM
 from orthrus.training import data
+from orthrus.training import documents as documents_module
 from orthrus.training.data import PackedDataset, collate, packed_dataset
-from orthrus.training.documents import DataSettings, messages_of
+from orthrus.training.documents import DataSettings, messages_of, unfinished_answers
 from orthrus.training.recipe import ViewStage
 from orthrus.training.rows import PADDING, Rows
 from orthrus.training.trainer import ViewTask
@@ -108,6 +110,78 @@ def test_what_datagen_keeps_beside_its_shards_is_no_data(tmp_path: Path) -> None
     assert len(documents(build(tmp_path / "in", tmp_path / "cache"))) == 8
 
 
+def test_answers_that_wait_for_their_shard_are_counted_in_a_line(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "part-00000.parquet", ANSWERS)
+    write(tmp_path / "in" / "journal.jsonl", ANSWERS[:3])
+    assert unfinished_answers(str(tmp_path / "in")) is None, "a folder without a manifest is not datagen's"
+    (tmp_path / "in" / "manifest.json").write_text("{}")
+    assert f"3 answers in {tmp_path}/in/journal.jsonl are left out" in str(unfinished_answers(str(tmp_path / "in")))
+    (tmp_path / "in" / "journal.jsonl").unlink()
+    assert unfinished_answers(str(tmp_path / "in")) is None and unfinished_answers("some/data") is None
+
+
+BAD = [
+    ({"messages": None}, "messages is missing"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        "the content of message 1 must be text, got list",
+    ),
+    ({"messages": [{"role": "user", "content": "a\ud800"}, turns("a", "b")[1]]}, "the text holds half a character"),
+    ({"messages": [{"content": "x"}]}, "messages must be a list of {role, content}"),
+]
+
+
+@pytest.mark.parametrize(("bad", "reason"), BAD)
+def test_a_bad_row_is_refused_by_number_or_left_out(
+    tmp_path: Path, bad: dict[str, Any], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = [{"messages": turns("a", f"b = {n}")} for n in range(3)]
+    content = [row if row["messages"] is None else {"messages": json.dumps(row["messages"])} for row in [*good, bad]]
+    source = write(tmp_path / "talk.jsonl", [content[0], content[3], *content[1:3], content[3]])
+    with pytest.raises(ValueError, match=re.escape(f"row 2: {reason}") + r".*data\.bad_rows=skip"):
+        build(source, tmp_path / "cache", template=PLAIN)
+    rows = build(source, tmp_path / "cache", template=PLAIN, bad_rows="skip")
+    clean = build(write(tmp_path / "clean.jsonl", content[:3]), tmp_path / "cache", template=PLAIN)
+    assert documents(rows) == documents(clean) and rows.fingerprint == clean.fingerprint
+    assert rows.counts["bad_rows"] == 2 and "bad rows: 2" in rows.describe()
+    shown = capsys.readouterr().err
+    assert f"row 2: {reason}" in shown and f"row 5: {reason}" in shown and "2 rows left out" in shown
+    with pytest.raises(ValueError, match="bad_rows=skip"):  # the rows of the other setting lie in the same cache
+        build(source, tmp_path / "cache", template=PLAIN)
+
+
+def test_a_source_of_bad_rows_alone_is_refused_and_only_the_first_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "a.jsonl", [{"text": 5}] * 9)
+    with pytest.raises(ValueError, match=r"none of the 9 rows can be used; the first: .*row 1: text must be a string"):
+        build(source, tmp_path / "cache", bad_rows="skip")
+    assert capsys.readouterr().err.count("left out: ") == documents_module.SHOWN_BAD_ROWS
+
+
+def test_texts_are_encoded_together_and_as_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"x = {n}\n" * (n + 1) for n in range(7)] + ["", "y = 1"]
+    talks = [turns("a", f"b = {n}", "c", "") for n in range(7)]
+    monkeypatch.setattr(documents_module, "BATCH_CHARACTERS", 40)
+    calls = []
+    plain = type(tokenizer(PLAIN)).__call__
+    monkeypatch.setattr(
+        type(tokenizer(PLAIN)), "__call__", lambda self, t, **o: (calls.append(t), plain(self, t, **o))[1]
+    )
+    text = build(write(tmp_path / "text.jsonl", [{"text": text} for text in texts]), tmp_path / "cache", row_tokens=256)
+    talk = build(
+        write(tmp_path / "talk.jsonl", [{"messages": t} for t in talks]), tmp_path / "cache", template=PLAIN,
+        row_tokens=256,
+    )  # fmt: skip
+    characters = [sum(map(len, call)) for call in calls if isinstance(call, list)]
+    assert len(characters) < len(texts) + len(talks), "one call for each"
+    assert max(characters) < 200 < sum(characters), "all of a source in one call"
+    monkeypatch.undo()
+    alone = [tokenizer()(text)["input_ids"] for text in texts]
+    assert [ids for ids, _ in documents(text)] == sorted(ids for ids in alone if len(ids) > 1)
+    assert all(tokenizer().decode(ids).count("<|im_end|>") == 4 for ids, _ in documents(talk))
+
+
 def test_answers_without_a_finished_shard_are_no_data_yet(tmp_path: Path) -> None:
     write(tmp_path / "in" / "journal.jsonl", ANSWERS)
     (tmp_path / "in" / "manifest.json").write_text("{}")
@@ -138,6 +212,23 @@ def test_rows_are_made_once_and_again_when_what_they_are_made_from_changes(
     assert len(made) == 3 and len(known) == 4
     build(tmp_path / "moved.jsonl", cache, template=PLAIN)
     assert len(made) == 4, "another template may write other tokens"
+
+
+def test_naming_a_revision_leaves_the_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **options: datasets.Dataset.from_list(ANSWERS))
+    newest, named = build("some/data", tmp_path), build("some/data", tmp_path, revision="abc", split="train")
+    assert newest.fingerprint == named.fingerprint, "the same rows are the same data"
+
+
+def test_a_rank_that_does_not_see_the_packed_rows_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "a.jsonl", ANSWERS)
+    monkeypatch.setattr(data, "rank", lambda: 3)
+    monkeypatch.setattr(data, "SEEN_WITHIN_S", 0.0)
+    with pytest.raises(ValueError, match="rank 3 does not see the rows that rank 0 packed.*one shared --out"):
+        build(source, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists(), "every rank of a node would pack at once"
 
 
 def test_a_run_that_is_cut_off_leaves_nothing_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

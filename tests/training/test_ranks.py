@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from orthrus.training.ranks import agree, average, num_ranks, once, rank
+from orthrus.training.ranks import agree, average, from_all, num_ranks, once, rank
 
 PROGRAM = """
 import sys, torch
@@ -40,10 +40,35 @@ save_file(model.state_dict(), out / f"{num_ranks()}-{rank()}.safetensors")
 leave_ranks()
 """
 
+WAITING = """
+import sys, time
+from datetime import timedelta
+from pathlib import Path
+import torch.distributed as dist
+from orthrus.training import ranks
+from orthrus.training.ranks import from_all, leave_ranks, once, rank
 
-def run_ranks(count: int, out: Path) -> None:
-    """The program above in so many processes."""
-    (out / "program.py").write_text(PROGRAM)
+out = Path(sys.argv[1])
+dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+
+def fail():
+    raise ValueError("the disk is full")
+
+for number in range(2):  # a rank that took the first word for the second would run into the limit
+    once(lambda: (time.sleep(4), (out / "shared").write_text(str(number))))
+    assert (out / "shared").read_text() == str(number)
+assert from_all(f"rank {rank()}") == ["rank 0", "rank 1"]
+try:
+    once(fail)
+except Exception as error:
+    (out / f"error-{rank()}").write_text(f"{type(error).__name__}: {error}")
+leave_ranks()
+"""
+
+
+def run_ranks(count: int, out: Path, program: str = PROGRAM) -> None:
+    """A program in so many processes."""
+    (out / "program.py").write_text(program)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
     command = [sys.executable, *launch, str(out / "program.py"), str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -61,9 +86,17 @@ def test_two_ranks_take_the_step_of_one_with_all_rows(tmp_path: Path) -> None:
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2, "one line a run: rank 0's"
 
 
+def test_ranks_wait_without_limit_and_end_together(tmp_path: Path) -> None:
+    """Longer than the group's own limit, and with rank 0's reason when its work fails."""
+    run_ranks(2, tmp_path, WAITING)
+    assert (tmp_path / "error-0").read_text() == "ValueError: the disk is full"
+    assert (tmp_path / "error-1").read_text() == "RuntimeError: rank 0 failed: ValueError: the disk is full"
+
+
 def test_one_process_is_a_run_of_one_rank() -> None:
     values, done = torch.tensor([1.0, 2.0]), []
     average([values])
     once(lambda: done.append(1))
+    assert from_all("a") == ["a"]
     assert (rank(), num_ranks(), agree(3.0, torch.device("cpu"))) == (0, 1, 3.0)
     assert values.tolist() == [1.0, 2.0] and done == [1]

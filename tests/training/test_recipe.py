@@ -74,6 +74,7 @@ train: {num_steps: 4}
         ("view.blocks=[]", "view.blocks is empty"),
         ("view.blocks=[[1, 4]]", r"view.blocks: \[1, 4\] is no"),
         ("view.blocks=[[8]]", r"view.blocks: \[8\] is no"),
+        ("view.blocks=[[8, 2], [4, 1], [8, 1]]", "view.blocks names width 8 twice"),
         ("view.objective.kind=mse", "recipe.view.objective.kind: must be one of"),
         ("train.num_epochs=1", "either num_steps or num_epochs"),
         ("train.num_steps=null", "either num_steps or num_epochs"),
@@ -137,6 +138,7 @@ def test_settings_of_a_run_leave_out_only_what_reaches_no_weight(tmp_path: Path)
     left_out = flat(dataclasses.asdict(recipe)).keys() - settings_of_run(recipe).keys()
     assert {"train.learning_rate", "seed", "view.blocks", "evaluation.held_out_documents"}.isdisjoint(left_out)
     assert {"train.save_steps", "train.report_to", "evaluation.every"} <= left_out
+    assert {"data.revision", "model.revision", "data.bad_rows"} <= left_out, "fingerprints say what was read"
 
 
 SHAPES = {  # layers, hidden, heads, key/value heads, MLP, tied; TFLOP a row of 2,048 tokens with 256 blocks of 32
@@ -162,3 +164,28 @@ def test_the_budget_of_the_published_recipes(size: str) -> None:
     assert round(found.row_flops / 1e12) == tflop
     stated = f"about {found.total_bytes / 2**30:.0f} GiB on each GPU"
     assert stated in path.read_text(), stated
+
+
+@pytest.mark.parametrize(
+    ("sharding", "num_ranks", "each"),
+    [
+        ("ddp", 1, "4 + 4 + 8 = 16 bytes: fp32 weight, gradient, two averages"),
+        ("ddp", 8, "16 + 4 = 20 bytes: a copy of the gradient in buckets"),
+        ("fsdp2", 8, "16 / 8 = 2 bytes: and one layer's gradient whole, 2 bytes and 4"),
+    ],
+)
+def test_the_budget_of_the_optimiser_by_hand(sharding: str, num_ranks: int, each: str) -> None:
+    (layers, hidden, heads, groups, inner, tied), view, _ = SHAPES["1.7b"]
+    config = OrthrusConfig(
+        vocab_size=151_936, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=groups, head_dim=128, tie_word_embeddings=tied,
+        block_size=32, mask_token_id=151_669,
+    )  # fmt: skip
+    path = next(path for path in RECIPES if path.stem == "qwen3-1.7b_8xh200")
+    recipe = load_any_recipe(path, [f"train.sharding={sharding}"])
+    assert isinstance(recipe, ViewRecipe)
+    layer = 2048 * 128 * (16 + 8 + 8 + 16) + 2 * 128  # q, k, v, o and two norms
+    assert view == 28 * layer
+    per_parameter = int(each.split(" bytes")[0].split(" = ")[1])
+    between = layer * (2 + 4) if sharding == "fsdp2" else 0
+    assert budget(recipe, config, num_ranks=num_ranks).training_bytes == view * per_parameter + between, each

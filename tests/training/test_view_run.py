@@ -18,7 +18,7 @@ from orthrus.cli.app import app
 from orthrus.datagen import package_text
 from orthrus.model.checkpoint import load_model
 from orthrus.training import view_run, view_trainer
-from orthrus.training.checkpoints import complete, find_checkpoint
+from orthrus.training.checkpoints import complete, describe, find_checkpoint
 from tests.cli.commands import last_json, refused, run
 from tests.cli.tiny import byte_tokenizer
 from tests.training.view_files import same_states, write_files
@@ -146,8 +146,25 @@ def test_sigkill_and_resuming_equals_one_run(whole: Path, recipe: Path, history:
     shutil.copytree(out / "checkpoint-2", out / "checkpoint-5")
     (out / "checkpoint-5" / "run.json").unlink()  # as a write that was cut off might leave it
     (out / ".checkpoint-4.part").mkdir()
+    log = out / "log.jsonl"
+    assert json.loads(log.read_text().splitlines()[-1])["step"] == 3, "killed behind a step that was not saved"
+    with log.open("a") as file:
+        file.write('{"step": 4, "lo')  # as a line that was cut off
     run("train", "--config", recipe, "--out", out, "--resume")
     assert not same_states(whole, out)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6], "a step is reported twice"
+    assert lines[0]["step"] == 0 and "eval_n" in lines[0], "what was saved stays reported"
+
+
+def test_a_run_begun_again_begins_its_log_again(recipe: Path, tmp_path: Path) -> None:
+    """A process that was killed before it saved anything leaves nothing but its log."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "log.jsonl").write_text('{"step": 0, "eval_n": 9}\n{"step": 1, "loss": 9}\n')
+    run("train", "--config", recipe, "--out", out, "--resume", "train.num_steps=1", "evaluation.every=0")
+    assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [1, 1]
+    assert '"loss": 9' not in (out / "log.jsonl").read_text()
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
@@ -266,6 +283,29 @@ def test_another_recipe_is_not_resumed(recipe: Path, whole: Path, tmp_path: Path
         save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
         change = f"model.base={tmp_path / 'base'}"
     assert message in refused("train", "--config", recipe, "--out", tmp_path / "out", "--resume", change)
+
+
+def test_ranks_that_find_different_checkpoints_are_told_so(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, other = whole / "checkpoint-4", tmp_path / "checkpoint-4"
+    shutil.copytree(mine, other)
+    assert describe(mine) == describe(other)
+    (other / "trainer_state.json").write_text((mine / "trainer_state.json").read_text().replace("loss", "Loss"))
+    for found in (describe(other), describe(None), describe(whole / "checkpoint-6")):
+        monkeypatch.setattr(view_run, "from_all", lambda value, found=found: [value, value, found])
+        with pytest.raises(ValueError, match=r"rank 0 goes on from checkpoint-4 \(.*, rank 2 .*one shared folder"):
+            view_run.check_shared(whole, mine)
+    monkeypatch.setattr(view_run, "from_all", lambda value: [value] * 3)
+    view_run.check_shared(whole, mine)
+
+
+def test_a_revision_may_be_named_later_and_what_reaches_a_weight_may_not() -> None:
+    facts = {"data_fingerprint": "a", "base_fingerprint": "b", "num_ranks": 1, "run_steps": 6}
+    begun = facts | {"settings": {"seed": 0, "data.revision": None}}
+    view_run.check_same_run(begun, facts | {"settings": {"seed": 0}}, Path("checkpoint-4"))
+    with pytest.raises(ValueError, match="trained with seed 0, this recipe says 1"):
+        view_run.check_same_run(begun, facts | {"settings": {"seed": 1}}, Path("checkpoint-4"))
 
 
 def test_what_does_not_reach_a_weight_may_change(recipe: Path, whole: Path, tmp_path: Path) -> None:

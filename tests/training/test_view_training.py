@@ -57,6 +57,30 @@ def test_anchors_repeat_evenly_when_a_row_has_too_few_places() -> None:
     assert drawn.tolist() == [[31, 31, 35, 35]]
 
 
+def test_a_block_that_repeats_another_has_no_weight() -> None:
+    rows = one_reply_rows(torch.arange(40)[None] % 96, torch.tensor([1]), torch.tensor([40]))
+    # Groups of 2 x 8 and 3 x 4: place 10 is repeated within a group, and stands in both, which is no repetition.
+    supervised_BQ = BLOCKS.supervised(rows.reply_BT, torch.tensor([[10, 10, 10, 20, 20]]))
+    by_block = [int(supervised_BQ[0, BLOCKS.block_Q == block].sum()) for block in range(5)]
+    assert by_block == [7, 0, 3, 3, 0]
+    once = BLOCKS.supervised(rows.reply_BT, torch.tensor([[10, 11, 10, 20, 30]]))
+    assert torch.equal(once, ~BLOCKS.is_last_Q[None]), "blocks at different places all count"
+
+
+def test_a_row_of_few_places_has_the_loss_of_each_place_once(model: OrthrusLM) -> None:
+    """However many copies of its blocks are computed."""
+    first, end = torch.tensor([3]), torch.tensor([6])  # anchors at 3 and 4 alone
+    rows = one_reply_rows(torch.randint(0, 96, (1, 40)), first, end)
+    losses = []
+    for count in (2, 7):
+        task = ViewTask(model, ViewStage(blocks=((4, count),)))
+        anchors = task.blocks.sample(rows.anchorable_BT, torch.Generator().manual_seed(0))
+        loss, weight, _ = task.weighted(rows, anchors)
+        assert weight == 3, "drafts of 4 and 5 behind anchor 3, of 5 behind anchor 4"
+        losses.append(loss)
+    torch.testing.assert_close(*losses, msg="copies of a block count again")
+
+
 def test_own_rows_without_a_place_for_an_anchor_are_refused() -> None:
     with pytest.raises(ValueError, match="no place for an anchor"):
         OwnRows(torch.zeros(2, 40, dtype=torch.int16), torch.tensor([3, 33]), torch.tensor([32, 34]))

@@ -220,6 +220,7 @@ def this_process(
         return LocalWriter(
             decoder, encoder, answers,
             max_positions=loaded.config.max_position_embeddings,
+            vocab_size=loaded.config.vocab_size,
             eos_token_ids=eos_token_ids(loaded, encoder.tokenizer),
             batch_size=16 if batch_size is None else batch_size,
             drafting=drafting,

@@ -89,7 +89,7 @@ def generate_answers(folder: AnswerFolder, start: Callable[[], Writer], *, is_te
         folder.enter(result)
         progress.count(result)
 
-    with Stop(folder.stop_file) as stop:
+    with Stop("what is in flight", file=folder.stop_file) as stop:
         try:
             if writer is not None:
                 writer.write(until_stop(folder.pending(), stop), enter, stop.is_asked)

@@ -31,6 +31,7 @@ class LocalWriter:
         answers: AnswerSettings,
         *,
         max_positions: int,
+        vocab_size: int,
         eos_token_ids: frozenset[int],
         batch_size: int = 16,
         drafting: bool = True,
@@ -41,7 +42,10 @@ class LocalWriter:
         self._encoder = encoder
         self._answers = answers
         self._max_positions = max_positions
-        self._eos_token_ids = eos_token_ids
+        # An embedding may have more rows than the tokenizer has tokens. One of those says nothing, and training refuses
+        # it: an answer ends before it.
+        self._num_tokens = len(encoder.tokenizer)
+        self._ending_ids = eos_token_ids | frozenset(range(self._num_tokens, vocab_size))
         self._batch_size = batch_size
         self._drafting = drafting
         self._rows: dict[int, OpenRow] = {}
@@ -80,7 +84,7 @@ class LocalWriter:
         settings = self._answers
         return Request(
             prompt_ids=prompt_ids,
-            stopping=Stopping(max_new_tokens=min(settings.max_new_tokens, room), eos_token_ids=self._eos_token_ids),
+            stopping=Stopping(max_new_tokens=min(settings.max_new_tokens, room), eos_token_ids=self._ending_ids),
             sampling=Sampling(temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed_of(prompt.id)),
             drafting=self._drafting,
         )
@@ -94,13 +98,21 @@ class LocalWriter:
         self._stats = self._stats.merge(self._decoder.stats(record.row))
         self._decoder.release(record.row)
         del self._rows[record.row]
+        finish_reason = record.finish_reason
+        if row.response_ids[-1] >= self._num_tokens:
+            row.response_ids.pop()
+            finish_reason = "length"
+        if not row.response_ids:
+            reason = "the model's first token is none of its tokenizer's (a padded row of its embedding)"
+            enter(Failure(id=row.prompt.id, reason=reason, attempts=1))
+            return
         enter(
             Answer(
                 id=row.prompt.id,
                 prompt_ids=row.prompt_ids,
                 response_ids=row.response_ids,
                 response=self._encoder.decode(row.response_ids),
-                finish_reason=record.finish_reason,
+                finish_reason=finish_reason,
                 ids_from="decoder",
             )
         )

@@ -16,11 +16,14 @@ LOOK_SECONDS = 0.2
 class Stop:
     """Whether a stop was asked for; a context manager that listens to signals while it is open.
 
-    The first SIGINT or SIGTERM asks for a stop, a second SIGINT ends the process where it stands: what was answered is
-    on the disk by then. Signals are listened to in the main thread only, where Python delivers them.
+    The first SIGINT or SIGTERM asks for a stop, a SIGINT behind it ends the process where it stands, with what is on
+    the disk by then. Signals are listened to in the main thread only, where Python delivers them. Of several ranks each
+    has its own answer, and rank 0 alone speaks.
     """
 
-    def __init__(self, file: Path):
+    def __init__(self, in_flight: str, *, file: Path | None = None):
+        """`in_flight` says what is finished first; `file` asks for a stop by being there."""
+        self._in_flight = in_flight
         self._file = file
         self._reason: str | None = None
         self._looked = 0.0
@@ -43,7 +46,7 @@ class Stop:
     def is_asked(self) -> bool:
         """Whether to stop; the file is looked for a few times a second."""
         now = time.monotonic()
-        if self._reason is None and now - self._looked >= LOOK_SECONDS:
+        if self._file is not None and self._reason is None and now - self._looked >= LOOK_SECONDS:
             self._looked = now
             if self._file.exists():
                 self._reason = self._file.name
@@ -52,14 +55,15 @@ class Stop:
     def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self._reason is not None and number == signal.SIGINT:
-            say("\nleft at once; the next run goes on from here\n")
+            say("\nleft at once; the next run goes on from what was saved\n")
             os._exit(1)
         if self._reason is None:
             self._reason = name
-            say(f"\n{name}: finishing what is in flight; Ctrl-C leaves at once\n")
+            say(f"\n{name}: finishing {self._in_flight}; Ctrl-C leaves at once\n")
 
 
 def say(message: str) -> None:
     """Write to stderr from inside a signal handler, where print could meet itself."""
-    with suppress(OSError):
-        os.write(2, message.encode())
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):
+            os.write(2, message.encode())

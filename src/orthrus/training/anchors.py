@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from orthrus.training.rows import Rows
 
@@ -70,14 +71,20 @@ class Blocks:
     def supervised(self, reply_BT: Tensor, anchors_BA: Tensor) -> Tensor:
         """Whether what q predicts, the token behind place q, is of the anchor's reply; no at last positions. [B, Q].
 
-        An anchor outside all replies has no supervised draft, and one that ends its reply has none either.
+        An anchor outside all replies has no supervised draft, one that ends its reply has none, and of blocks that
+        `sample` repeats in a group all but the first have none: what they say twice is not twice as true.
         """
         target_BQ = self.places(anchors_BA) + 1
         num_clean = reply_BT.shape[1]
         reply_of_anchor_BQ = reply_BT.gather(1, anchors_BA)[:, self.block_Q]
         reply_of_target_BQ = reply_BT.gather(1, target_BQ.clamp(max=num_clean - 1))
         same_BQ = (reply_of_target_BQ == reply_of_anchor_BQ) & (reply_of_anchor_BQ > 0)
-        return same_BQ & (target_BQ < num_clean) & ~self.is_last_Q
+        return same_BQ & (target_BQ < num_clean) & ~self.is_last_Q & ~self.repeated(anchors_BA)[:, self.block_Q]
+
+    def repeated(self, anchors_BA: Tensor) -> Tensor:
+        """Whether a block stands where the one before it in its group does; groups are sorted. [B, A]."""
+        groups = anchors_BA.split([count for _, count in self.groups], dim=1)
+        return torch.cat([F.pad(group[:, 1:] == group[:, :-1], (1, 0)) for group in groups], dim=1)
 
     def inputs(self, rows: Rows, anchors_BA: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
         """Ids (the anchor's own token, then masks) and rotary positions of all blocks. Both [B, Q]."""

@@ -22,6 +22,8 @@ from orthrus.training.view_recipe import ViewRecipe
 
 MASTER_BYTES = 16
 """Of a trained parameter: fp32 weight, gradient and AdamW's two averages."""
+BUCKET_BYTES = 4
+"""Of a trained parameter: DDP's copy of the fp32 gradient, in the buckets that it exchanges."""
 CHUNK_COPIES = 4
 """Copies of a loss chunk's fp32 logits that live at once."""
 
@@ -38,7 +40,7 @@ class Budget:
     weight_bytes: int
     """The frozen base, and the view in the base's dtype while a pass runs."""
     training_bytes: int
-    """fp32 view, its gradients, AdamW's averages."""
+    """fp32 view, its gradients, AdamW's averages, and gradients on their way between ranks."""
     activation_bytes: int
     """What the block pass keeps for its backward, and all layers' clean keys and values."""
     loss_bytes: int
@@ -76,7 +78,7 @@ def budget(recipe: ViewRecipe, config: Any, *, num_ranks: int) -> Budget:
         row_flops=row_flops,
         step_flops=row_flops * recipe.train.rows_per_step,
         weight_bytes=weight_bytes(model, frozen, view, item=item, shards=shards),
-        training_bytes=view * MASTER_BYTES // shards,
+        training_bytes=training_bytes(model, view, sharding=recipe.train.sharding, num_ranks=num_ranks, item=item),
         activation_bytes=recipe.train.rows_per_pass * activation_bytes(recipe, config, num_clean, num_blocks, item),
         loss_bytes=CHUNK_COPIES * 4 * min(CHUNK_ELEMENTS, recipe.train.rows_per_pass * num_blocks * config.vocab_size),
     )
@@ -91,6 +93,16 @@ def weight_bytes(model: Any, frozen: int, view: int, *, item: int, shards: int) 
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     outside = frozen + view - layer * len(model.model.layers)
     return whole // shards + (outside + 2 * layer) * item
+
+
+def training_bytes(model: Any, view: int, *, sharding: str, num_ranks: int, item: int) -> int:
+    """The optimiser's side of the view, and gradients between ranks: DDP's buckets hold a copy of all; FSDP2 shares out
+    one layer's at a time (sharding.py), whole as the backward pass made them and again in fp32."""
+    if num_ranks == 1:
+        return view * MASTER_BYTES
+    if sharding == "ddp":
+        return view * (MASTER_BYTES + BUCKET_BYTES)
+    return view * MASTER_BYTES // num_ranks + view // len(model.model.layers) * (item + 4)
 
 
 def activation_bytes(recipe: ViewRecipe, config: Any, num_clean: int, num_blocks: int, item: int) -> int:
@@ -118,7 +130,8 @@ def report(found: Budget, recipe: ViewRecipe, *, num_ranks: int) -> str:
             f"frozen parameters    {found.num_frozen:,}",
             f"memory of a rank     {gib['total']:.1f} GiB, an estimate, {spread}:",
             f"  weights            {gib['weight']:.1f} GiB ({recipe.model.dtype})",
-            f"  training           {gib['training']:.1f} GiB (fp32 view, gradients, AdamW: {MASTER_BYTES} bytes each)",
+            f"  training           {gib['training']:.1f} GiB (fp32 view, gradients, AdamW: {MASTER_BYTES} bytes each"
+            f"{', gradients on their way' if num_ranks > 1 else ''})",
             f"  activations        {gib['activation']:.1f} GiB ({train.rows_per_pass} rows a micro-batch"
             f"{', checkpointed' if train.gradient_checkpointing else ''})",
             f"  loss chunks        {gib['loss']:.1f} GiB",

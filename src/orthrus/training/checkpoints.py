@@ -10,6 +10,7 @@ It is written as OUT/.checkpoint-N.part and renamed when all of it is on the dis
 of a checkpoint is one. Data order and anchors are functions of seed and step (`task.draw_seed`): they need no state.
 """
 
+import hashlib
 import os
 import random
 import re
@@ -90,6 +91,19 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def describe(folder: Path | None) -> str:
+    """A checkpoint's name and a hash that two checkpoints do not share: of its JSON documents, which hold the losses of
+    its run, and of its files' sizes. "no checkpoint" without one."""
+    if folder is None:
+        return "no checkpoint"
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        if path.suffix == ".json":
+            digest.update(path.read_bytes())
+    return f"{folder.name} ({digest.hexdigest()[:12]})"
 
 
 def read_view(folder: Path) -> dict[str, Tensor]:

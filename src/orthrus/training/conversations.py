@@ -17,8 +17,8 @@ GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 BEGIN, END = "\ue000\ue010", "\ue000\ue011"
 """Where a marked reply begins and ends, while its text is looked for: characters that no language has."""
 
-Encoded = tuple[list[int], list[int]]
-"""Token ids, and the reply of each from 1 (0: none)."""
+Pieces = list[tuple[str, int]]
+"""The text of a document in the pieces that are encoded apart, and the reply that each is, from 1 (0: none)."""
 Messages = list[dict[str, Any]]
 
 
@@ -28,7 +28,7 @@ def visible_mark(mark: re.Match) -> str:
 
 
 class ConversationEncoder:
-    """Conversations as token ids and replies, by one tokenizer's chat template.
+    """Conversations as pieces of text, prompts and replies, by one tokenizer's chat template.
 
     The tokenizer must have a template. Raises `ValueError` for an option that it never reads; switching off (`false`,
     `null`) what a template does not have is no mistake.
@@ -44,12 +44,11 @@ class ConversationEncoder:
         # Between two blocks, so that the template's own marks keep what they do to the blanks around them.
         self.visible_marks = GENERATION.sub(visible_mark, template)
 
-    def whole(self, messages: Messages, where: str) -> Iterable[Encoded]:
+    def whole(self, messages: Messages, where: str) -> list[Pieces]:
         """The whole conversation, without a word on who wrote what."""
-        ids = self._encode(self._render(messages, where))
-        return [(ids, [0] * len(ids))]
+        return [[(self._render(messages, where), 0)]]
 
-    def replies(self, messages: Messages, where: str) -> Iterable[Encoded]:
+    def replies(self, messages: Messages, where: str) -> list[Pieces]:
         """The conversation up to its last reply: one document, or one for each reply; none without a reply.
 
         Raises `ValueError` naming the conversation whose replies cannot be told from their prompts.
@@ -64,8 +63,8 @@ class ConversationEncoder:
         ends = [0, *(len(through) for _, through in spans)]
         in_order = all(end <= len(before) for end, (before, _) in zip(ends, spans, strict=False))
         if in_order and all(whole.startswith(through) for _, through in spans):
-            return [self._pieces(whole, [(len(before), len(through)) for before, through in spans])]
-        return [self._pieces(through, [(len(before), len(through))]) for before, through in spans]
+            return [pieces_of(whole, [(len(before), len(through)) for before, through in spans])]
+        return [pieces_of(through, [(len(before), len(through))]) for before, through in spans]
 
     def _span(self, messages: Messages, turn: int, where: str) -> tuple[str, str]:
         """The conversation up to where a reply begins, and to where it has ended."""
@@ -79,20 +78,7 @@ class ConversationEncoder:
             )
         return before, through
 
-    def _pieces(self, text: str, spans: Iterable[tuple[int, int]]) -> Encoded:
-        """A text encoded in pieces, prompts and replies by turns."""
-        ids, reply, done = [], [], 0
-        for number, (start, end) in enumerate(spans, start=1):
-            # The line break behind an end token is the template's, not the base's.
-            end = start + len(text[start:end].rstrip())
-            for piece, mark in ((text[done:start], 0), (text[start:end], number)):
-                tokens = self._encode(piece)
-                ids += tokens
-                reply += [mark] * len(tokens)
-            done = end
-        return ids, reply
-
-    def _marked(self, messages: Messages, where: str) -> Encoded:
+    def _marked(self, messages: Messages, where: str) -> Pieces:
         """The conversation with its replies as the template marks them.
 
         The tokenizer can say which tokens those are, but only of a text that was encoded as a whole.
@@ -107,7 +93,7 @@ class ConversationEncoder:
                 text += part
         if text != self._render(messages, where) or not spans:
             raise ValueError(f"{where}: the replies that the chat template marks cannot be told from its text")
-        return self._pieces(text, spans)
+        return pieces_of(text, spans)
 
     def _render(self, messages: Messages, where: str, **options: Any) -> str:
         return self._apply(messages, where, tokenize=False, **options)
@@ -119,6 +105,13 @@ class ConversationEncoder:
         except Exception as error:  # a template is a program of its own: Jinja's errors, and Python's from inside it
             raise ValueError(f"{where}: the chat template refuses the conversation: {error}") from error
 
-    def _encode(self, text: str) -> list[int]:
-        """Token ids of a rendered piece; the template has written all special tokens itself."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+def pieces_of(text: str, spans: Iterable[tuple[int, int]]) -> Pieces:
+    """A text up to its last reply, prompts and replies by turns, none of them empty."""
+    pieces, done = [], 0
+    for number, (start, end) in enumerate(spans, start=1):
+        # The line break behind an end token is the template's, not the base's.
+        end = start + len(text[start:end].rstrip())
+        pieces += [(text[done:start], 0), (text[start:end], number)]
+        done = end
+    return [(piece, reply) for piece, reply in pieces if piece]

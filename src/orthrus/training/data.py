@@ -12,6 +12,8 @@ A folder appears whole or not at all, so what is there can be trusted.
 import dataclasses
 import hashlib
 import json
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -30,6 +32,7 @@ from orthrus.model.export import whole_folder
 from orthrus.training.documents import DataSettings, Part, open_source, read_rows
 from orthrus.training.packing import PackedRow, pack
 from orthrus.training.prompts import HeldOut, beginnings
+from orthrus.training.ranks import rank
 
 FORMAT = 2
 """Goes into every key: rows that another version packed in another way are not found."""
@@ -37,6 +40,10 @@ INDEX = "index.json"
 PROMPTS = "prompts.json"
 SHARD_ROWS = 4096
 COLUMNS = ("ids", "document", "reply")
+NOT_THE_ROWS = ("source", "revision", "config", "split", "bad_rows")
+"""Settings that say where data is taken from, and what happens to what is no data."""
+SEEN_WITHIN_S = 60
+"""A network disk may show this node only so much later what rank 0 wrote from another."""
 
 
 class PackedDataset(Dataset):
@@ -84,9 +91,8 @@ class PackedDataset(Dataset):
             f"{counts['rows']:,} rows of {self.settings.row_tokens:,} tokens; "
             f"{counts['reply_tokens']:,} of {counts['tokens']:,} tokens are replies, {self.padding_share:.1%} padding"
         )
-        for name in (
-            "documents_without_reply", "documents_dropped", "documents_cut", "pieces_without_reply", "held_out",
-        ):  # fmt: skip
+        left_out = ("documents_without_reply", "documents_dropped", "documents_cut", "pieces_without_reply")
+        for name in ("bad_rows", *left_out, "held_out"):
             text += f"; {name.replace('_', ' ')}: {counts[name]:,}" if counts[name] else ""
         return text
 
@@ -107,14 +113,29 @@ def packed_dataset(
 ) -> PackedDataset:
     """The packed rows of a source without `num_held_out` of its documents, from the cache or made now.
 
-    Raises `ValueError` naming what is wrong with the source, or that nothing in it can be learnt from.
+    Rank 0 makes them before the others ask. Raises `ValueError` naming what is wrong with the source, or that nothing
+    in it can be learnt from.
     """
     parts, held_out = open_source(settings), HeldOut(num_held_out, seed=seed)
     folder = cache / cache_key(parts, settings, tokenizer, held_out)
-    if not (folder / INDEX).is_file():
+    if rank() > 0:
+        wait_for(folder / INDEX)
+    elif not (folder / INDEX).is_file():
         with whole_folder(folder, force=False) as staging:
             write_rows(parts, settings, tokenizer, held_out, staging)
     return PackedDataset(folder)
+
+
+def wait_for(index: Path) -> None:
+    """Wait until rows that rank 0 wrote are seen here; `ValueError` when they never are."""
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while not index.is_file():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"rank {rank()} does not see the rows that rank 0 packed ({index.parent}): give all nodes one shared "
+                "--out and the same data.source"
+            )
+        time.sleep(min(1, SEEN_WITHIN_S))
 
 
 def write_rows(parts: list[Part], settings: DataSettings, tokenizer: Any, held_out: HeldOut, folder: Path) -> None:
@@ -134,12 +155,14 @@ def write_rows(parts: list[Part], settings: DataSettings, tokenizer: Any, held_o
         for document in row.documents:
             digest.update(document.ids.tobytes())
     counts["held_out"] = len(held_out.rows)
+    if counts["bad_rows"]:
+        tqdm.write(f"{counts['bad_rows']:,} rows left out (data.bad_rows: skip)", file=sys.stderr)
     if not counts["rows"]:
         raise ValueError(
             f"data.source: nothing to learn from in {settings.source}: {counts['source_rows']:,} rows, "
             f"{counts['documents_without_reply']:,} documents without a reply of two tokens, "
             f"{counts['documents_dropped']:,} dropped as too long, {counts['pieces_without_reply']:,} such pieces, "
-            f"{counts['held_out']:,} held out (evaluation.held_out_documents)"
+            f"{counts['bad_rows']:,} bad rows, {counts['held_out']:,} held out (evaluation.held_out_documents)"
         )
     prompts = beginnings(held_out.rows, tokenizer, settings.template_options)
     (folder / PROMPTS).write_text(json.dumps(prompts) + "\n")
@@ -159,8 +182,9 @@ def shard_path(folder: Path, number: int) -> str:
 
 
 def settings_of(settings: DataSettings) -> dict[str, Any]:
-    """The settings less where the source lies: data that moved is the same data."""
-    return {name: value for name, value in dataclasses.asdict(settings).items() if name != "source"}
+    """The settings that decide how rows are made. Where the source is taken from does not: data that moved, or whose
+    newest revision was given a name, is the same data."""
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in NOT_THE_ROWS}
 
 
 def cache_key(parts: list[Part], settings: DataSettings, tokenizer: Any, held_out: HeldOut) -> str:
@@ -168,7 +192,7 @@ def cache_key(parts: list[Part], settings: DataSettings, tokenizer: Any, held_ou
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     made_from = [
-        FORMAT, SHARD_ROWS, settings_of(settings), [part.identity for part in parts], vocabulary,
+        FORMAT, SHARD_ROWS, settings_of(settings), settings.bad_rows, [part.identity for part in parts], vocabulary,
         tokenizer.chat_template, [held_out.num_documents, held_out.seed if held_out.num_documents else 0],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:24]

@@ -11,16 +11,19 @@ documents:
 import glob
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from tqdm import tqdm
 
-from orthrus.training.conversations import ConversationEncoder
+from orthrus.training.conversations import ConversationEncoder, Pieces
 
 KINDS = {".parquet": "parquet", ".jsonl": "json"}
 """File endings that are read, and `datasets`' word for each."""
@@ -28,10 +31,18 @@ LAYOUTS = (("prompt_ids", "response_ids"), ("messages",), ("text",))
 """The columns of each layout; the first that a source has is taken."""
 MANIFEST = "manifest.json"
 """In a folder that `orthrus datagen` writes."""
-NO_ANSWERS = ("journal.jsonl", "failed.jsonl")
-"""Beside a manifest: answers whose shard is not complete, and prompts without one."""
+JOURNAL = "journal.jsonl"
+"""Beside a manifest: answers whose shard is not complete."""
+NO_ANSWERS = (JOURNAL, "failed.jsonl")
+"""Beside a manifest: what holds no finished answers."""
 MAX_ROW_TOKENS = 2**15 - 1
 """Documents and replies of a row are numbered in 16 bits."""
+BATCH_CHARACTERS = 2**20
+"""Text that the tokenizer gets in one call: calls cost something, and it may share one out over cores."""
+BATCH_ROWS = 1024
+"""Rows that are read ahead at most, however little text they hold."""
+SHOWN_BAD_ROWS = 5
+"""Rows that are named when they are left out; all are counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +67,9 @@ class DataSettings:
     """Where blocks may start, and what they may be asked for: the replies, or every token (as published)."""
     long_documents: Literal["cut", "drop"] = "cut"
     """What happens to a document that is longer than a row."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """What happens at a row of the source that cannot be read (no text, a conversation that the template refuses): the
+    run ends naming it, or it is left out and counted."""
     max_rows: int | None = None
     """Stop after so many rows; null: all of the source."""
     template_options: dict = field(default_factory=lambda: {"enable_thinking": False})
@@ -102,6 +116,20 @@ class SourceRow:
     """Its columns, those of one of `LAYOUTS`."""
     documents: list[Document]
     """At least one, each with an anchor."""
+
+
+Draft = Document | Pieces
+"""A document whose text may still have to be encoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRow:
+    """A row of a source whose documents may still have to be encoded, or why it has none."""
+
+    where: str
+    content: dict[str, Any]
+    drafts: list[Draft]
+    bad: str = ""
 
 
 # --- where the rows come from ------------------------------------------------------------------------------------
@@ -170,6 +198,19 @@ def folder_files(folder: Path) -> list[Path]:
     return tables or lines
 
 
+def unfinished_answers(source: str) -> str | None:
+    """What a folder of `orthrus datagen` holds that is not read yet, as a sentence; None for other sources."""
+    journal = Path(source).expanduser() / JOURNAL
+    if not ((journal.parent / MANIFEST).is_file() and journal.is_file()):
+        return None
+    with journal.open("rb") as file:
+        num_answers = sum(1 for _ in file)
+    return (
+        f"{num_answers:,} answers in {journal} are left out: their shards are not complete; run the `orthrus datagen` "
+        "command to its end to train on them"
+    )
+
+
 def file_part(path: Path) -> Part:
     """A local file, read as a stream: nothing of it is kept elsewhere."""
     if path.stat().st_size == 0:
@@ -189,7 +230,7 @@ def hub_part(settings: DataSettings) -> Part:
     # The files of `datasets`' cache lie under a name that has the data set's commit in it.
     files = [file["filename"] for file in dataset.cache_files]
     asked_for = [settings.source, settings.revision, settings.config, settings.split]
-    return part_of(name, json.dumps([asked_for, files]), dataset)
+    return part_of(name, json.dumps(files or asked_for), dataset)
 
 
 def load(name: str, *arguments: Any, **options: Any) -> Any:
@@ -247,44 +288,97 @@ def rows_of(part: Part) -> Iterator[tuple[str, dict[str, Any]]]:
 def read_rows(parts: list[Part], settings: DataSettings, tokenizer: Any, counts: Counter[str]) -> Iterator[SourceRow]:
     """All rows of a source that hold a document, in order; what they were, and what was left out, is counted.
 
-    Raises `ValueError` naming the row that cannot be a document, or a base that has no chat template.
+    Raises `ValueError` naming the row that cannot be a document and why (under `bad_rows: skip` only where all rows are
+    such), or a base that has no chat template.
     """
+    first_bad = ""
     for part in parts:
-        encode = encoder_of(part, settings, tokenizer)
-        for where, row in rows_of(part):
+        for row, found in encoded_rows(part, reader_of(part, settings, tokenizer), tokenizer):
             counts["source_rows"] += 1
-            if missing := [name for name in part.columns if row[name] is None]:
-                raise ValueError(f"{where}: {missing[0]} is missing")
-            found = list(encode(row, where))
+            bad = row.bad
+            if bad and settings.bad_rows == "refuse":
+                raise ValueError(f"{bad} (data.bad_rows=skip leaves such rows out)")
+            if bad:
+                counts["bad_rows"] += 1
+                first_bad = first_bad or bad
+                if counts["bad_rows"] <= SHOWN_BAD_ROWS:
+                    tqdm.write(f"left out: {bad}", file=sys.stderr)
             if settings.anchors == "all":
                 found = [Document(document.ids, np.ones_like(document.reply)) for document in found]
             usable = [document for document in found if document.has_anchor]
             counts["documents"] += len(found)
             counts["documents_without_reply"] += len(found) - len(usable)
             if usable:
-                yield SourceRow(where, row, usable)
+                yield SourceRow(row.where, row.content, usable)
+    if counts["bad_rows"] and counts["bad_rows"] == counts["source_rows"]:
+        raise ValueError(f"none of the {counts['bad_rows']:,} rows can be used; the first: {first_bad}")
 
 
-def encoder_of(
-    part: Part, settings: DataSettings, tokenizer: Any
-) -> Callable[[dict[str, Any], str], Iterable[Document]]:
-    """The function that makes documents of a part's rows."""
+def encoded_rows(part: Part, read: "Reader", tokenizer: Any) -> Iterator[tuple[DraftRow, list[Document]]]:
+    """Every row of a part with its documents, the texts of many rows encoded in one call."""
+    special = part.columns == ("text",)  # in conversations the template has written them
+    waiting: list[DraftRow] = []
+    num_characters = 0
+    for where, row in rows_of(part):
+        try:
+            if missing := [name for name in part.columns if row[name] is None]:
+                raise ValueError(f"{where}: {missing[0]} is missing")
+            waiting.append(DraftRow(where, row, read(row, where)))
+        except ValueError as error:
+            waiting.append(DraftRow(where, row, [], str(error)))
+        num_characters += sum(len(text) for pieces in texts_of(waiting[-1].drafts) for text, _ in pieces)
+        if num_characters >= BATCH_CHARACTERS or len(waiting) == BATCH_ROWS:
+            yield from encode_rows(waiting, tokenizer, special=special)
+            waiting, num_characters = [], 0
+    yield from encode_rows(waiting, tokenizer, special=special)
+
+
+def encode_rows(rows: list[DraftRow], tokenizer: Any, *, special: bool) -> Iterator[tuple[DraftRow, list[Document]]]:
+    """The rows with all their texts encoded; `special`: with the special tokens that the tokenizer adds to a text."""
+    made = iter(encode_pieces([pieces for row in rows for pieces in texts_of(row.drafts)], tokenizer, special=special))
+    for row in rows:
+        yield row, [draft if isinstance(draft, Document) else next(made) for draft in row.drafts]
+
+
+def texts_of(drafts: list[Draft]) -> list[Pieces]:
+    """Those documents that are text still."""
+    return [draft for draft in drafts if not isinstance(draft, Document)]
+
+
+def encode_pieces(documents: list[Pieces], tokenizer: Any, *, special: bool) -> list[Document]:
+    """Documents from their pieces of text, in one call of the tokenizer."""
+    texts = [text for pieces in documents for text, _ in pieces]
+    # A document may well be longer than the base's context: `verbose` would say so for the first.
+    ids = iter(tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"] if texts else ())
+    made = []
+    for pieces in documents:
+        parts = [next(ids) for _ in pieces]
+        reply = np.repeat(np.array([reply for _, reply in pieces], dtype=np.int16), [len(part) for part in parts])
+        made.append(Document(np.fromiter(chain.from_iterable(parts), dtype=np.int32, count=len(reply)), reply))
+    return made
+
+
+Reader = Callable[[dict[str, Any], str], list[Draft]]
+"""(row, where it stands) to what it holds; `ValueError` for a row that holds nothing of the kind."""
+
+
+def reader_of(part: Part, settings: DataSettings, tokenizer: Any) -> Reader:
+    """The function that finds the documents of a part's rows."""
     if part.columns == ("prompt_ids", "response_ids"):
         return lambda row, where: [ids_document(row, where, num_ids=len(tokenizer))]
     if part.columns == ("text",):
-        return lambda row, where: [text_document(row, where, tokenizer)]
+        return lambda row, where: [[(text_of(row["text"], where), 1)]]
     if not tokenizer.chat_template:
         raise ValueError(f"data.source: {part.name} has conversations, and the base's tokenizer has no chat template")
     conversations = ConversationEncoder(tokenizer, settings.template_options)
+    # Where every token counts, one document, whatever the template does to earlier turns.
+    pieces_of = conversations.whole if settings.anchors == "all" else conversations.replies
 
-    def encode(row: dict[str, Any], where: str) -> Iterator[Document]:
-        messages = messages_of(row["messages"], where)
-        # Every token counts: one document, whatever the template does to earlier turns.
-        encoded = conversations.whole if settings.anchors == "all" else conversations.replies
-        for ids, reply in encoded(messages, where):
-            yield Document(np.asarray(ids, dtype=np.int32), np.asarray(reply, dtype=np.int16))
+    def read(row: dict[str, Any], where: str) -> list[Draft]:
+        documents = pieces_of(messages_of(row["messages"], where), where)
+        return [[(text_of(text, where), reply) for text, reply in pieces] for pieces in documents]
 
-    return encode
+    return read
 
 
 def ids_document(row: dict[str, Any], where: str, *, num_ids: int) -> Document:
@@ -299,12 +393,15 @@ def ids_document(row: dict[str, Any], where: str, *, num_ids: int) -> Document:
     return Document(ids, np.repeat(np.array([0, 1], dtype=np.int16), [len(prompt), len(response)]))
 
 
-def text_document(row: dict[str, Any], where: str, tokenizer: Any) -> Document:
-    """A plain text, as the base's tokenizer encodes it by itself."""
-    if not isinstance(row["text"], str):
-        raise ValueError(f"{where}: text must be a string, got {type(row['text']).__name__}")
-    ids = np.asarray(tokenizer(row["text"])["input_ids"], dtype=np.int32)
-    return Document(ids, np.ones(len(ids), dtype=np.int16))
+def text_of(text: Any, where: str) -> str:
+    """A text that can be encoded."""
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: text must be a string, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: the text holds half a character (a lone surrogate)") from None
+    return text
 
 
 def messages_of(content: Any, where: str) -> list[dict[str, Any]]:
@@ -316,5 +413,9 @@ def messages_of(content: Any, where: str) -> list[dict[str, Any]]:
             raise ValueError(f"{where}: messages is a string that is no JSON: {error}") from error
     if not isinstance(content, list) or not all(isinstance(turn, dict) and turn.get("role") for turn in content):
         raise ValueError(f"{where}: messages must be a list of {{role, content}}")
+    for number, turn in enumerate(content, start=1):
+        if not isinstance(turn.get("content", ""), str | None):
+            kind = type(turn["content"]).__name__
+            raise ValueError(f"{where}: the content of message {number} must be text, got {kind}")
     # Tables fill a key that some message has with nulls in all others, and templates ask whether it is there.
     return [{key: value for key, value in turn.items() if value is not None} for turn in content]

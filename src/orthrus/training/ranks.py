@@ -5,12 +5,19 @@ step. One process without torchrun is a run of one rank, and nothing here then d
 """
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
+
+POLL_SECONDS = 0.1
+"""Between two looks for the end of what rank 0 does for all."""
+READ_SECONDS = 20.0
+"""So long a failing rank 0 stays, for the others to read why."""
 
 
 def choose_gpu() -> None:
@@ -31,7 +38,7 @@ def join_ranks(device: torch.device) -> torch.device:
     if device.type == "cuda":
         choose_gpu()
         device = torch.device("cuda", torch.cuda.current_device())
-    # An hour: the others wait while rank 0 packs the data of a run.
+    # An hour: ranks load and decode at their own pace, and meet behind it.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
     return device
 
@@ -73,8 +80,55 @@ def agree(value: float, device: torch.device) -> float:
 
 
 def once(work: Callable[[], None]) -> None:
-    """Do it on rank 0 while the others wait."""
-    if rank() == 0:
+    """Do it on rank 0 while the others wait, however long it takes; where it fails, all ranks end.
+
+    Rank 0 raises what the work raised, the others a `RuntimeError` with its message.
+    """
+    if num_ranks() == 1:
         work()
+        return
+    # Through the group's store, not a collective: those have a time limit, and packing may take longer.
+    store = _get_default_store()
+    if rank() > 0:
+        failure = take(store, f"once/{rank()}")
+        if failure:
+            raise RuntimeError(f"rank 0 failed: {failure}")
+    else:
+        try:
+            work()
+        except BaseException as error:
+            tell(store, f"{type(error).__name__}: {error}")
+            raise
+        tell(store, "")
+    dist.barrier()
+
+
+def tell(store: dist.Store, failure: str) -> None:
+    """Leave every other rank a word on how rank 0's work ended; behind a failure, wait until they have read it.
+
+    The store may live in this process, and end with it.
+    """
+    names = [f"once/{number}" for number in range(1, num_ranks())]
+    for name in names:
+        store.set(name, f"done {failure}")
+    deadline = time.monotonic() + READ_SECONDS
+    while failure and time.monotonic() < deadline and any(store.check([name]) for name in names):
+        time.sleep(POLL_SECONDS)
+
+
+def take(store: dist.Store, name: str) -> str:
+    """Wait for rank 0's word and take it away, so that the next work's is not taken for it."""
+    while not store.check([name]):
+        time.sleep(POLL_SECONDS)
+    word = store.get(name).decode()
+    store.delete_key(name)
+    return word.removeprefix("done ")
+
+
+def from_all(value: str) -> list[str]:
+    """Every rank's text, in the order of ranks, on every rank."""
+    values = [value]
     if num_ranks() > 1:
-        dist.barrier()
+        values = [""] * num_ranks()
+        dist.all_gather_object(values, value)
+    return values

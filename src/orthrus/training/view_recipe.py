@@ -63,6 +63,9 @@ class ViewSettings:
         for pair in self.blocks:
             if len(pair) != 2 or pair[0] < 2 or pair[1] < 1:
                 raise ValueError(f"view.blocks: {list(pair)} is no [width of at least 2, number of at least 1]")
+        widths = [width for width, _ in self.blocks]
+        if twice := [width for width in widths if widths.count(width) > 1]:
+            raise ValueError(f"view.blocks names width {twice[0]} twice: add the numbers up in one pair")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,15 +205,16 @@ def passes_per_step(train: TrainSettings, num_ranks: int) -> int:
     return passes
 
 
-NOT_THE_RUN = (
-    "name", "data.source", "model.base",
+NOT_THE_RUN = frozenset({
+    "name", "model.base", "model.revision",
+    "data.source", "data.revision", "data.config", "data.split", "data.bad_rows",
     "train.log_steps", "train.save_steps", "train.keep_checkpoints", "train.data_workers", "train.report_to",
     "train.push_to_hub", "train.hub_model_id", "train.max_skipped_steps",
     "evaluation.every", "evaluation.prompts", "evaluation.num_prompts", "evaluation.max_new_tokens",
     "evaluation.warn_after", "evaluation.warn_below",
-)  # fmt: skip
-"""Settings that may change when a run is resumed: they do not reach a weight. Data and base may have moved: it is their
-fingerprints that must be the same."""
+})  # fmt: skip
+"""Settings that may change when a run is resumed: they do not reach a weight. Where data and base are taken from may
+change too: it is their fingerprints that must be the same."""
 
 
 def settings_of_run(recipe: ViewRecipe) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from orthrus.config import OrthrusConfig
+from orthrus.datagen.stop import Stop
 from orthrus.environment import bundled_or
 from orthrus.model.bases import check_base
 from orthrus.model.checkpoint import (
@@ -40,17 +41,17 @@ from orthrus.model.tensors import read_json
 from orthrus.training.acceptance import HeldOutPrompts
 from orthrus.training.anchors import Blocks
 from orthrus.training.budget import budget, report
-from orthrus.training.checkpoints import clear_halves, find_checkpoint, read_run
+from orthrus.training.checkpoints import clear_halves, describe, find_checkpoint, read_run
 from orthrus.training.data import PackedDataset, collate, packed_dataset
+from orthrus.training.documents import unfinished_answers
 from orthrus.training.inspect import inspect_row
 from orthrus.training.prompts import prompts_of_file
 from orthrus.training.provenance import provenance, write_provenance
-from orthrus.training.ranks import num_ranks, once, rank
+from orthrus.training.ranks import from_all, num_ranks, once, rank
 from orthrus.training.rows import Rows
 from orthrus.training.sharding import whole
-from orthrus.training.stop import StopRequest
 from orthrus.training.task import ViewTraining, draw_seed
-from orthrus.training.view_recipe import BUNDLED_BASE, ViewRecipe, passes_per_step, settings_of_run
+from orthrus.training.view_recipe import BUNDLED_BASE, NOT_THE_RUN, ViewRecipe, passes_per_step, settings_of_run
 from orthrus.training.view_trainer import (
     OrthrusTrainer,
     RowOrder,
@@ -73,6 +74,7 @@ def train_view_recipe(recipe: ViewRecipe, out: Path, *, device: torch.device, re
     check_place(recipe, device)
     check_folders(recipe, out)
     checkpoint = where_to_start(out, resume=resume)
+    check_shared(out, checkpoint)
     quiet()
     check_context(recipe)
     tokenizer = load_tokenizer(base_source(recipe), revision=recipe.model.revision)
@@ -93,7 +95,7 @@ def train_view_recipe(recipe: ViewRecipe, out: Path, *, device: torch.device, re
         model, recipe.view, isolated=data.isolated, gradient_checkpointing=recipe.train.gradient_checkpointing
     )
     held = HeldOutPrompts(prompts, recipe.evaluation, tokenizer=tokenizer) if recipe.evaluation.every else None
-    with StopRequest().listening() as stop:
+    with Stop("the step in work, then saving") as stop:
         trainer = OrthrusTrainer(
             training, args, settings=recipe.train, rows=data, collate=collate, run_facts=facts, stop=stop,
             callbacks=[held] if held else [],
@@ -162,6 +164,17 @@ def where_to_start(out: Path, *, resume: bool) -> Path | None:
     if found is not None and not resume:
         raise ValueError(f"--out {out} holds {found.name} of a run: add --resume to go on, or name another folder")
     return found
+
+
+def check_shared(out: Path, checkpoint: Path | None) -> None:
+    """`ValueError` when the ranks would go on from different checkpoints: nodes that do not share OUT."""
+    found = from_all(describe(checkpoint))
+    for number, other in enumerate(found):
+        if other != found[0]:
+            raise ValueError(
+                f"--out {out} is not the same folder everywhere: rank 0 goes on from {found[0]}, rank {number} "
+                f"from {other}; give all nodes one shared folder"
+            )
 
 
 def is_finished(out: Path) -> bool:
@@ -254,6 +267,8 @@ def prepare(recipe: ViewRecipe, tokenizer: PreTrainedTokenizerBase, out: Path) -
     clear_halves(out)
     if recipe.train.hub_model_id is not None:  # before the data, which may take long
         reach_hub(recipe.train.hub_model_id)
+    if left_out := unfinished_answers(recipe.data.source):
+        say(left_out)
     packed_rows(recipe, tokenizer, out)
 
 
@@ -301,7 +316,7 @@ def run_facts(recipe: ViewRecipe, data: PackedDataset, model: Any, *, num_steps:
 def check_same_run(stored: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
     """`ValueError` naming what is not as it was when the run began."""
     before, after = stored["settings"], now["settings"]
-    for name in sorted(before.keys() | after.keys()):
+    for name in sorted((before.keys() | after.keys()) - NOT_THE_RUN):
         if (was := before.get(name)) != (is_ := after.get(name)):
             raise ValueError(f"--resume: {checkpoint} was trained with {name} {was!r}, this recipe says {is_!r}")
     for name, what in (

@@ -14,7 +14,8 @@ Replaced, and why (docs/architecture.md has more):
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from orthrus.datagen.durable import write_whole
+from orthrus.datagen.stop import Stop
 from orthrus.training.checkpoints import (
     OPTIMIZER,
     RNG,
@@ -41,7 +44,6 @@ from orthrus.training.checkpoints import (
 from orthrus.training.loss import weighted_mean
 from orthrus.training.ranks import num_ranks, once, rank
 from orthrus.training.sharding import Sharded, fill, shard, whole
-from orthrus.training.stop import StopRequest
 from orthrus.training.task import ViewTraining, draw_seed
 from orthrus.training.view_recipe import TrainSettings, passes_per_step
 
@@ -149,12 +151,12 @@ class OrthrusTrainer(Trainer):
         rows: Dataset,
         collate: Callable[[list[Any]], dict[str, Tensor]],
         run_facts: dict[str, Any],
-        stop: StopRequest | None = None,
+        stop: Stop | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
         """`run_facts` goes into every checkpoint's run.json; `stop` is asked after every step."""
         self.settings, self.run_facts = settings, run_facts
-        self.stop = StopRequest() if stop is None else stop
+        self.stop = Stop("the step in work") if stop is None else stop
         self.training = training
         self.num_skipped = self.num_skipped_in_a_row = 0
         self.was_stopped = False
@@ -218,7 +220,7 @@ class OrthrusTrainer(Trainer):
         norm: Any = nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         is_bad = ~(norm + self._step_sums.sum()).isfinite()
-        facts = torch.cat([self._step_sums, torch.stack([is_bad, torch.full_like(is_bad, bool(self.stop))])])
+        facts = torch.cat([self._step_sums, torch.stack([is_bad, torch.full_like(is_bad, self.stop.is_asked())])])
         if num_ranks() > 1:
             dist.all_reduce(facts)
         self._step_sums.zero_()
@@ -392,6 +394,14 @@ class LogFile(TrainerCallback):
     def __init__(self, path: Path):
         self._path = path
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take back what an earlier process reported and did not save: those steps come again."""
+        if state.is_world_process_zero and self._path.exists():
+            lines = self._path.read_bytes().splitlines(keepends=True) if state.global_step else []
+            write_whole(self._path, lambda file: file.writelines(up_to_step(lines, state.global_step)))
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
@@ -403,6 +413,14 @@ class LogFile(TrainerCallback):
         print(line, flush=True)
         with self._path.open("a") as file:
             file.write(line + "\n")
+
+
+def up_to_step(lines: Iterable[bytes], step: int) -> Iterator[bytes]:
+    """The lines of a log up to a step, without those that a kill cut short."""
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step and line.endswith(b"\n"):
+                yield line
 
 
 def say(message: str) -> None:
