@@ -18,6 +18,7 @@ import gc
 import json
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from orthrus.config import OrthrusConfig
+from orthrus.evaluation.records import Origin, ResultRecord, here_and_now, read_records, to_json
 from orthrus.model.masks import block_training_mask
 from orthrus.model.modeling import OrthrusLM
 from orthrus.training import forward
@@ -176,6 +178,28 @@ def now(cuda: bool) -> float:
     return time.perf_counter()
 
 
+NUMBERS = {
+    "microbatch_seconds": "s", "tflops": "TFLOP/s", "supervised_rows_per_second": "rows/s", "peak_bytes": "bytes",
+    "first_step_seconds": "s",
+}  # fmt: skip
+"""Names of docs/benchmarks.md and their units."""
+
+
+def records_of(options: argparse.Namespace, path: str, figures: dict, origin: Origin) -> list[ResultRecord]:
+    """The records of one path; one that ran out of memory has no seconds, and says so."""
+    params = {
+        "model": options.shape, "path": path, "rows": options.rows, "row_tokens": options.row_tokens,
+        "num_blocks": options.blocks, "block_size": options.block_size, "dtype": "bfloat16", "steps": options.steps,
+    }  # fmt: skip
+    if "out_of_memory" in figures:
+        return [ResultRecord.of(origin, name="out_of_memory", value=1, unit="runs", params=params)]
+    return [
+        ResultRecord.of(origin, name=name, value=figures[name], unit=unit, params=params)
+        for name, unit in NUMBERS.items()
+        if figures[name] is not None
+    ]
+
+
 def main() -> None:
     """Print one JSON line for each path."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -187,9 +211,10 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=8, help="timed, after two more")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, help="append the records to this JSON file")
     options = parser.parse_args()
-    where = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    settings = {name: value for name, value in vars(options).items() if name not in ("path", "device")}
+    origin = here_and_now(torch.device(options.device))
+    settings = {name: value for name, value in vars(options).items() if name not in ("path", "device", "out")}
     for path in options.path or PATHS:
         try:
             figures = measure(options, path)
@@ -198,9 +223,11 @@ def main() -> None:
         gc.collect()
         if options.device == "cuda":
             torch.cuda.empty_cache()
-        print(
-            json.dumps({**settings, "path": path, "hardware": where, "torch": torch.__version__, **figures}), flush=True
-        )
+        line = settings | {"path": path, "hardware": origin.hardware, "torch": torch.__version__} | figures
+        print(json.dumps(line), flush=True)
+        if options.out:
+            kept = read_records(options.out) if options.out.is_file() else []
+            options.out.write_text(to_json([*kept, *records_of(options, path, figures, origin)], indent=1) + "\n")
 
 
 if __name__ == "__main__":

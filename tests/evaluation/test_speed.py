@@ -21,7 +21,13 @@ from orthrus.decoding.timing import Run
 from orthrus.evaluation import summary
 from orthrus.evaluation.measurement import ONE_ROW, Measurement, Mode, measure, modes
 from orthrus.evaluation.records import ResultRecord, command_line, here_and_now, read_records, results_name, to_json
-from orthrus.evaluation.repetition import LOOPING_SHARE, distinct_4gram_share, is_looping, is_varied
+from orthrus.evaluation.repetition import (
+    LOOPING_SHARE,
+    distinct_4gram_share,
+    is_looping,
+    is_varied,
+    pooled_4gram_share,
+)
 from orthrus.evaluation.speed import Settings, bench
 from orthrus.evaluation.suites import prompts_from_jsonl
 from orthrus.evaluation.summary import Summary, compare_runs, records_of, summarise
@@ -194,6 +200,8 @@ def test_distinct_share_counts_runs_of_four():
     assert distinct_4gram_share([5] * 13) == pytest.approx(1 / 10)
     assert distinct_4gram_share([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(4 / 5)
     assert distinct_4gram_share([1, 1, 1]) == 1.0, "too short to have a run of four"
+    assert pooled_4gram_share([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [7]]) == pytest.approx(3 / 4), "1 2 3 4 is in both"
+    assert pooled_4gram_share([[1, 2], [3, 4]]) == 1.0, "no run of four crosses two outputs"
 
 
 def test_looping_is_less_than_half_distinct():

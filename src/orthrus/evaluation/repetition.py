@@ -14,6 +14,15 @@ def distinct_4gram_share(token_ids: Sequence[Hashable]) -> float:
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
+def pooled_4gram_share(outputs: Sequence[Sequence[Hashable]]) -> float:
+    """Distinct runs of four tokens in all outputs together / all runs of four, none of which crosses two outputs.
+
+    Outputs that are each varied may still all say the same: a drafter learns that by heart.
+    """
+    grams = [tuple(ids[start : start + 4]) for ids in outputs for start in range(len(ids) - 3)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
 def is_looping(token_ids: Sequence[int]) -> bool:
     """Whether less than `LOOPING_SHARE` of the 4-grams are distinct."""
     return distinct_4gram_share(token_ids) < LOOPING_SHARE

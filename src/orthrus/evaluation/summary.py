@@ -14,7 +14,7 @@ from orthrus.decoding.timing import Run
 from orthrus.evaluation.lossless import Divergence, find_divergence
 from orthrus.evaluation.measurement import ONE_ROW, Measurement, Mode
 from orthrus.evaluation.records import Origin, ResultRecord
-from orthrus.evaluation.repetition import distinct_4gram_share, is_looping, is_varied
+from orthrus.evaluation.repetition import distinct_4gram_share, is_looping, is_varied, pooled_4gram_share
 from orthrus.evaluation.suites import Prompt
 
 
@@ -206,6 +206,7 @@ def plain_numbers(summary: Summary) -> Iterator[Number]:
     yield "num_tokens", summary.stats.num_tokens, "tokens", {}
     yield "distinct_4gram_share", statistics.fmean(shares), "share", {}
     yield "distinct_4gram_share_per_output", shares, "share", {}
+    yield "distinct_4gram_share_pooled", pooled_4gram_share([run.token_ids for run in runs]), "share", {}
     yield "looping_outputs", sum(summary.looping), "texts", {}
     yield "varied_outputs", sum(summary.varied), "texts", {}
 
