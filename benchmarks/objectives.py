@@ -2,6 +2,7 @@
 
     python benchmarks/objectives.py --run RUN --steps 400                  # RUN: base and rollouts of `orthrus train`
     python benchmarks/objectives.py --run RUN --only kl --only ce --out kl-ce.json
+    python benchmarks/objectives.py --report kl-ce.json --report others.json     # runs of several processes together
 
 Each view starts as a copy of the base's projections and sees the same rows, blocks and anchors as the others of its
 seed, for the same number of steps. What counts is N of greedy decoding of held-out prompts at the end, not the loss.
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from orthrus.decoding.batch import draft_greedily
+from orthrus.evaluation.records import Origin, ResultRecord, here_and_now, read_records, to_json
 from orthrus.evaluation.suites import heldout_python_prompts
 from orthrus.model.checkpoint import load_model, load_tokenizer
 from orthrus.model.modeling import OrthrusLM
@@ -69,7 +71,8 @@ def interval(found: np.ndarray, base: np.ndarray | None = None, *, draws: int = 
 def main() -> None:
     """Train, decode and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--report", type=Path, action="append", help="train nothing, report what --out wrote")
     parser.add_argument("--only", choices=OBJECTIVES, action="append")
     parser.add_argument("--seed", type=int, action="append", help="several; 0, 1 and 2")
     parser.add_argument("--steps", type=int, default=400)
@@ -79,8 +82,13 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, help="keep the counts of every run")
+    parser.add_argument("--out", type=Path, help="write the records of every run into this JSON file")
     options = parser.parse_args()
+    if options.report:
+        report(found_in([record for path in options.report for record in read_records(path)]))
+        return
+    if options.run is None:
+        parser.error("--run or --report is needed")
     # Each objective is another graph of the loss.
     torch._dynamo.config.recompile_limit = 64
     device = torch.device(options.device)
@@ -91,7 +99,8 @@ def main() -> None:
     own, tokenizer = own_rows(options.run, device), load_tokenizer(base)
     no_corpus = np.zeros(own.ids.shape[1] + 2, dtype=np.uint16)
     prompts = [tokenizer(prompt.text).input_ids for prompt in heldout_python_prompts(options.num_prompts)]
-    found: dict[str, list[Counts]] = {}
+    records: list[ResultRecord] = []
+    origin = here_and_now(device)
     for name in options.only or OBJECTIVES:
         for seed in options.seed or (0, 1, 2):
             stage = ViewStage(
@@ -105,12 +114,45 @@ def main() -> None:
             log = Log(stage=f"{name}-{seed}", path=options.run / "objectives.jsonl", every=100)
             train_view(model, rows, stage, seed=seed, log=log, saver=Saver(save=lambda: None))
             counts = decode(model.eval(), prompts, block_size=32, max_new_tokens=options.max_new_tokens)
-            found.setdefault(name, []).append(counts)
+            records += records_of(options, name, seed, counts, origin)
             line = {"objective": name, "seed": seed, "n": tokens_per_cycle(np.array(counts))}
             print(json.dumps(line | {"seconds": round(time.perf_counter() - started, 1)}), flush=True)
             if options.out:
-                options.out.write_text(json.dumps({"settings": vars(options), "counts": found}, default=str))
-    report(found)
+                options.out.write_text(to_json(records, indent=1) + "\n")
+    report(found_in(records))
+
+
+def records_of(options: argparse.Namespace, name: str, seed: int, counts: Counts, origin: Origin) -> list[ResultRecord]:
+    """N of one run, and the counts of its prompts, from which intervals are made."""
+    params = {
+        "model": str(options.run), "objective": name, "seed": seed, "num_steps": options.steps,
+        "rows_per_step": options.rows_per_step, "learning_rate": options.learning_rate, "dtype": "bfloat16",
+        "exact": False, "backend": "portable", "block_size": 32, "suite": "heldout_python",
+        "num_prompts": options.num_prompts, "max_new_tokens": options.max_new_tokens, "temperature": 0.0,
+        "outputs": "all",
+    }  # fmt: skip
+    accepted, cycles = (list(column) for column in zip(*counts, strict=True))
+    numbers = (
+        ("tokens_per_cycle", tokens_per_cycle(np.array(counts)), "tokens"),
+        ("num_accepted_per_output", accepted, "tokens"),
+        ("num_cycles_per_output", cycles, "cycles"),
+    )
+    return [ResultRecord.of(origin, name=what, value=value, unit=unit, params=params) for what, value, unit in numbers]
+
+
+def found_in(records: list[ResultRecord]) -> dict[str, list[Counts]]:
+    """The counts of every run in records, by objective, the published one first."""
+    columns: dict[tuple[str, int], dict[str, list[int]]] = {}
+    for record in records:
+        if isinstance(record.value, list):
+            place = columns.setdefault((record.params["objective"], record.params["seed"]), {})
+            place[record.name] = [int(value) for value in record.value]
+    found: dict[str, list[Counts]] = {}
+    for name, seed in sorted(columns, key=lambda place: (list(OBJECTIVES).index(place[0]), place[1])):
+        one = columns[name, seed]
+        counts = zip(one["num_accepted_per_output"], one["num_cycles_per_output"], strict=True)
+        found.setdefault(name, []).append(list(counts))
+    return found
 
 
 def report(found: dict[str, list[Counts]]) -> None:

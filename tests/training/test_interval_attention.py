@@ -68,15 +68,38 @@ def test_documents_are_read_as_under_the_dense_mask() -> None:
     torch.testing.assert_close(fast, slow)
 
 
+@pytest.mark.parametrize("is_half", [False, True])
+def test_whole_tiles_of_another_document_are_not_read(is_half: bool) -> None:
+    """Queries of a tile that begin in two documents, both longer than a tile of keys; fp16 has bf16's tiles."""
+    torch.manual_seed(0)
+    document = torch.tensor([[0] * 170 + [1] * 160] * 2)
+    dtype, blocks = torch.float16 if is_half else torch.float32, Blocks.of(((4, 40),))
+    anchors = torch.tensor([[166, 168, *range(292, 330)], [100, *range(291, 330)]])
+    intervals = block_training_intervals(anchors, blocks.block_Q, blocks.offset_Q, document)
+    clean = tuple(heads(2, 330, 16).detach().to(dtype) for _ in range(2))
+    own = tuple(heads(2, 160, 16).detach().to(dtype).requires_grad_() for _ in range(2))
+    q = heads(4, 160, 16).detach().to(dtype).requires_grad_()
+    fast, slow = both(q, clean, own, intervals)
+    direction = torch.randn_like(slow)
+    gradients = [torch.autograd.grad(mixed, (q, *own), direction) for mixed in (fast, slow)]
+    limits: Any = dict(rtol=1e-2, atol=4e-3) if is_half else {}  # a few roundings of fp16
+    torch.testing.assert_close([fast, *gradients[0]], [slow, *gradients[1]], **limits)
+    q = heads(4, 330, 16).detach().to(dtype)
+    torch.testing.assert_close(*both(q, clean, None, document_intervals(document)), **limits)
+
+
 def test_the_ar_pass_has_no_gradient() -> None:
     """It is frozen; a gradient of zero would look like one."""
-    clean = heads(2, 7, 16), heads(2, 7, 16)
-    q = heads(2, 7, 16)
-    mixed = kernels.interval_attention(
-        q, clean, None, document_intervals(torch.zeros(2, 7, dtype=torch.long)), scale=SCALE
-    )
+    keys, values = heads(2, 7, 16), heads(2, 7, 16)
+    one_document = document_intervals(torch.zeros(2, 7, dtype=torch.long))
+    with pytest.raises(ValueError, match="no gradient for clean keys"):
+        kernels.interval_attention(heads(2, 7, 16), (keys, values), None, one_document, scale=SCALE)
+    clean = keys.detach(), values.detach()
+    mixed = kernels.interval_attention(heads(2, 7, 16), clean, None, one_document, scale=SCALE)
     with pytest.raises(NotImplementedError, match="frozen view"):
         mixed.sum().backward()
+    with pytest.raises(ValueError, match="in one dtype"):
+        kernels.interval_attention(heads(2, 7, 16).half(), clean, None, one_document, scale=SCALE)
 
 
 def test_heads_that_do_not_lie_together_are_refused() -> None:

@@ -74,6 +74,19 @@ def test_held_out_documents_are_in_no_row(tmp_path: Path, packing: str, anchors:
     assert {answer["prompt_ids"][2] for answer in kept} <= packed
 
 
+@pytest.mark.parametrize("kind", ["ids", "messages"])
+def test_no_other_answer_to_a_held_out_prompt_is_trained_on(tmp_path: Path, kind: str) -> None:
+    rows: list[dict] = [{"prompt_ids": [7, n % 5], "response_ids": [20 + n, 60 + n]} for n in range(40)]
+    if kind == "messages":
+        rows = [{"messages": turns(f"ask {n % 5}", f"reply {n}")} for n in range(40)]
+    path = write(tmp_path / "a.jsonl", rows)
+    packed = build(path, tmp_path / "cache", num_held_out=3, row_tokens=100, template=PLAIN)
+    assert len({tuple(prompt) for prompt in packed.prompts}) == 3, "two prompts that are the same are one"
+    trained = [packed[i]["ids"].tolist() for i in range(len(packed))]
+    for prompt in packed.prompts:
+        assert not any(ids[start : start + len(prompt)] == prompt for ids in trained for start in range(len(ids)))
+
+
 def test_another_seed_or_number_is_other_data(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ANSWERS)
     made = [
@@ -141,7 +154,7 @@ def test_what_has_no_prompt_begins_with_some_of_itself(tmp_path: Path) -> None:
 
 def test_a_conversation_that_the_template_takes_only_whole_gives_no_prompt(tmp_path: Path) -> None:
     template = "{% if messages|length < 4 %}{{ raise_exception('too short') }}{% endif %}" + PLAIN
-    talks = [{"messages": turns("a", "b", "c", f"d{n}")} for n in range(4)]
+    talks = [{"messages": turns(f"a{n}", "b", "c", "d")} for n in range(4)]
     rows = build(
         write(tmp_path / "a.jsonl", talks), tmp_path / "cache", template=template, anchors="all", num_held_out=2
     )

@@ -55,7 +55,7 @@ def fail():
     raise ValueError("the disk is full")
 
 for number in range(2):  # a rank that took the first word for the second would run into the limit
-    once(lambda: (time.sleep(4), (out / "shared").write_text(str(number))))
+    assert once(lambda: (time.sleep(4), (out / "shared").write_text(str(number)))[1]) == 1, "all have rank 0's result"
     assert (out / "shared").read_text() == str(number)
 assert from_all(f"rank {rank()}") == ["rank 0", "rank 1"]
 try:

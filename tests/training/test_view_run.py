@@ -371,7 +371,7 @@ def test_what_cannot_be_done_is_refused_before_the_data_is_packed(
     for word, path in places.items():
         change = change.replace(word, str(path))
     packed: list[int] = []
-    monkeypatch.setattr(view_run, "packed_dataset", lambda *arguments, **options: packed.append(1))
+    monkeypatch.setattr(view_run, "packed_rows", lambda *arguments: packed.append(1))
     out = tmp_path / "out"
     assert message in refused("train", "--config", recipe, "--out", out, change)
     assert not packed and not out.exists()

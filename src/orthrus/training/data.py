@@ -113,29 +113,27 @@ def packed_dataset(
 ) -> PackedDataset:
     """The packed rows of a source without `num_held_out` of its documents, from the cache or made now.
 
-    Rank 0 makes them before the others ask. Raises `ValueError` naming what is wrong with the source, or that nothing
-    in it can be learnt from.
+    For one rank to do; the others `wait_for` the folder. Raises `ValueError` naming what is wrong with the source, or
+    that nothing in it can be learnt from.
     """
     parts, held_out = open_source(settings), HeldOut(num_held_out, seed=seed)
     folder = cache / cache_key(parts, settings, tokenizer, held_out)
-    if rank() > 0:
-        wait_for(folder / INDEX)
-    elif not (folder / INDEX).is_file():
+    if not (folder / INDEX).is_file():
         with whole_folder(folder, force=False) as staging:
             write_rows(parts, settings, tokenizer, held_out, staging)
     return PackedDataset(folder)
 
 
-def wait_for(index: Path) -> None:
-    """Wait until rows that rank 0 wrote are seen here; `ValueError` when they never are."""
+def wait_for(folder: Path) -> PackedDataset:
+    """The rows that rank 0 packed, as soon as they are seen here; `ValueError` when they never are."""
     deadline = time.monotonic() + SEEN_WITHIN_S
-    while not index.is_file():
+    while not (folder / INDEX).is_file():
         if time.monotonic() > deadline:
             raise ValueError(
-                f"rank {rank()} does not see the rows that rank 0 packed ({index.parent}): give all nodes one shared "
-                "--out and the same data.source"
+                f"rank {rank()} does not see the rows that rank 0 packed ({folder}): give all nodes one shared --out"
             )
         time.sleep(min(1, SEEN_WITHIN_S))
+    return PackedDataset(folder)
 
 
 def write_rows(parts: list[Part], settings: DataSettings, tokenizer: Any, held_out: HeldOut, folder: Path) -> None:

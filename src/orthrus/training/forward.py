@@ -13,6 +13,7 @@ One layer is compiled, not the model: its graph serves all layers, so compiling 
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -30,11 +31,12 @@ from orthrus.model.masks import (
 )
 from orthrus.training.anchors import Blocks
 
-if torch.cuda.is_available():  # a torch without CUDA comes without Triton
+HAS_KERNELS = torch.cuda.is_available() and find_spec("triton") is not None  # Windows has one without the other
+if HAS_KERNELS:
     from orthrus.training.interval_attention import interval_attention
 
 Mask = Intervals | Tensor
-"""Intervals on CUDA, booleans [B, T, T] or [B, Q, T + Q] elsewhere."""
+"""Intervals where there are kernels for them, else booleans [B, T, T] or [B, Q, T + Q]."""
 Rope = tuple[Tensor, Tensor]
 KeyValues = list[tuple[Tensor, Tensor]]
 
@@ -147,11 +149,11 @@ class Passes:
 
 def clean_mask(document_BT: Tensor) -> Mask:
     """`masks.document_mask` in the form that this device's attention reads."""
-    return document_intervals(document_BT) if document_BT.is_cuda else document_mask(document_BT)
+    return document_intervals(document_BT) if HAS_KERNELS and document_BT.is_cuda else document_mask(document_BT)
 
 
 def block_mask(blocks: Blocks, anchors_BA: Tensor, *, num_clean: int, document_BT: Tensor | None = None) -> Mask:
     """`masks.block_training_mask` in the form that this device's attention reads."""
-    if anchors_BA.is_cuda:
+    if HAS_KERNELS and anchors_BA.is_cuda:
         return block_training_intervals(anchors_BA, blocks.block_Q, blocks.offset_Q, document_BT)
     return block_training_mask(anchors_BA, blocks.block_Q, num_clean, document_BT)

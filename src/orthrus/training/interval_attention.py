@@ -48,6 +48,10 @@ def interval_attention(
     `clean` and `own` are (keys, values) [B, G, T, H] and [B, G, Q, H]; `own` is None where the intervals have no block
     keys. There are gradients for `q` and `own`, and none for `clean`. Each query must read at least one key.
     """
+    if q_BNQH.element_size() not in TILES or any(x.dtype != q_BNQH.dtype for x in (*clean, *(own or ()))):
+        raise ValueError("interval attention needs queries, keys and values in one dtype of 2 or 4 bytes")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in clean):
+        raise ValueError("interval attention has no gradient for clean keys and values: they are of the frozen view")
     out, _ = _attention(q_BNQH, *clean, *(own or (None, None)), *intervals, scale)
     return out.flatten(2)
 
@@ -62,7 +66,8 @@ def _attention(
     num_rows, num_heads, num_queries, _ = q.shape
     how = _settings(q, ck, "forward")
     grid = (triton.cdiv(num_queries, how["TILE_M"]), num_rows * num_heads)
-    kernels.forward[grid](
+    _launch(
+        kernels.forward, grid,
         q, ck, cv, ok, ov, out, lse, first, stop, own_first, own_stop, *_strides(q, ck, cv, ok, ov),
         num_heads, num_queries, ck.shape[2], scale * LOG2E, HAS_OWN=ok is not None, **how,
     )  # fmt: skip
@@ -87,12 +92,14 @@ def _attention_backward(
     delta = torch.empty_like(lse)
     num_rows, num_heads, num_queries, _ = q.shape
     how = _settings(q, ck, "queries")
-    kernels.backward_queries[triton.cdiv(num_queries, how["TILE_M"]), num_rows * num_heads](
+    _launch(
+        kernels.backward_queries, (triton.cdiv(num_queries, how["TILE_M"]), num_rows * num_heads),
         q, ck, cv, ok, ov, out, gradient, lse, delta, dq, first, stop, own_first, own_stop,
         *_strides(q, ck, cv, ok, ov), num_heads, num_queries, ck.shape[2], scale * LOG2E, scale, HAS_OWN=True, **how,
     )  # fmt: skip
     how = _settings(q, ck, "keys")
-    kernels.backward_keys[triton.cdiv(num_queries, how["TILE_K"]), num_rows * ok.shape[1]](
+    _launch(
+        kernels.backward_keys, (triton.cdiv(num_queries, how["TILE_K"]), num_rows * ok.shape[1]),
         q, ok, ov, gradient, lse, delta, dk, dv, own_first, own_stop,
         *_strides(q, ok, ov), num_heads, num_queries, scale * LOG2E, scale, **how,
     )  # fmt: skip
@@ -120,6 +127,12 @@ def _gradients(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 
 
 _attention.register_autograd(_gradients, setup_context=_save)
+
+
+def _launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **how: Any) -> None:
+    """Run a kernel on the device of its first tensor, which need not be the current one."""
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **how)
 
 
 def _settings(q: Tensor, keys: Tensor, kernel: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The prompts of evaluation: beginnings of documents that are held out of training, or a file's.
 
-What is held out is a row of the source, whole and with all its copies, before anything is packed: a conversation of
-which another part is trained on would not be new to the view, and in concatenated rows nothing begins.
+What is held out is a row of the source, whole and with all rows that begin alike, before anything is packed: a prompt
+of which another answer is trained on would not be new to the view, and in concatenated rows nothing begins.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from orthrus.training.documents import Document, SourceRow, messages_of
@@ -19,16 +20,17 @@ TEXT_PROMPT_TOKENS = 48
 
 
 class HeldOut:
-    """The source rows with the lowest hashes of seed and tokens: a random few, whatever order the source is in."""
+    """The source rows whose beginnings have the lowest hashes with the seed: a random few, whatever the order."""
 
     def __init__(self, num_documents: int, *, seed: int):
         self.num_documents, self.seed = num_documents, seed
         self._copies: dict[bytes, list[SourceRow]] = {}
 
     def leave(self, rows: Iterable[SourceRow]) -> Iterator[Document]:
-        """The documents of all other rows. A row waits while it is among the lowest so far, so the order shifts.
+        """The documents of all other rows; those that begin alike go together.
 
-        What was held out is known when the reader stops, at the end or before it: of the rows read until then.
+        A row waits while it is among the lowest so far, so the order shifts. What was held out is known when the reader
+        stops, at the end or before it: of the rows read until then.
         """
         for row in rows:
             self._copies.setdefault(self._hash(row), []).append(row)
@@ -42,11 +44,23 @@ class HeldOut:
         return [copies[0] for _, copies in sorted(self._copies.items())]
 
     def _hash(self, row: SourceRow) -> bytes:
-        digest = hashlib.blake2b(str(self.seed).encode(), digest_size=16)
-        for document in row.documents:
-            digest.update(b"|")
-            digest.update(document.ids.tobytes())
-        return digest.digest()
+        return hashlib.blake2b(f"{self.seed}|".encode() + what_begins(row), digest_size=16).digest()
+
+
+def what_begins(row: SourceRow) -> bytes:
+    """What a reply of this row is asked for with: the prompt; of a text, which asks for nothing, all of it."""
+    if "prompt_ids" in row.content:
+        return np.asarray(row.content["prompt_ids"], dtype=np.int32).tobytes()
+    if "messages" in row.content and (before := before_reply(row)):
+        return json.dumps([[turn["role"], turn.get("content")] for turn in before]).encode()
+    return b"|".join(document.ids.tobytes() for document in row.documents)
+
+
+def before_reply(row: SourceRow) -> list[dict[str, Any]]:
+    """The turns of a conversation up to its first reply."""
+    messages = messages_of(row.content["messages"], row.where)
+    replies = (number for number, turn in enumerate(messages) if turn["role"] == "assistant")
+    return messages[: next(replies, len(messages))]
 
 
 def beginning(row: SourceRow, tokenizer: PreTrainedTokenizerBase, template_options: dict[str, Any]) -> list[int]:
@@ -59,9 +73,7 @@ def beginning(row: SourceRow, tokenizer: PreTrainedTokenizerBase, template_optio
     if "prompt_ids" in row.content:
         found = ids[: len(row.content["prompt_ids"])]
     elif "messages" in row.content:
-        messages = messages_of(row.content["messages"], row.where)
-        replies = (number for number, turn in enumerate(messages) if turn["role"] == "assistant")
-        if before := messages[: next(replies, len(messages))]:
+        if before := before_reply(row):
             found = asking(before, tokenizer, template_options, where=row.where)
     if len(found) > 1:
         return found

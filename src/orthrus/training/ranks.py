@@ -4,10 +4,12 @@ Every rank holds the whole model and its own rows; gradients are averaged before
 step. One process without torchrun is a run of one rank, and nothing here then does anything.
 """
 
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,50 +81,52 @@ def agree(value: float, device: torch.device) -> float:
     return shared.item()
 
 
-def once(work: Callable[[], None]) -> None:
+def once(work: Callable[[], Any]) -> Any:
     """Do it on rank 0 while the others wait, however long it takes; where it fails, all ranks end.
 
-    Rank 0 raises what the work raised, the others a `RuntimeError` with its message.
+    Its result (something that JSON holds) is every rank's. Rank 0 raises what the work raised, the others a
+    `RuntimeError` with its message.
     """
     if num_ranks() == 1:
-        work()
-        return
+        return work()
     # Through the group's store, not a collective: those have a time limit, and packing may take longer.
     store = _get_default_store()
     if rank() > 0:
-        failure = take(store, f"once/{rank()}")
-        if failure:
-            raise RuntimeError(f"rank 0 failed: {failure}")
+        word = take(store, f"once/{rank()}")
+        if "failure" in word:
+            raise RuntimeError(f"rank 0 failed: {word['failure']}")
+        result = word["result"]
     else:
         try:
-            work()
+            result = work()
         except BaseException as error:
-            tell(store, f"{type(error).__name__}: {error}")
+            tell(store, {"failure": f"{type(error).__name__}: {error}"})
             raise
-        tell(store, "")
+        tell(store, {"result": result})
     dist.barrier()
+    return result
 
 
-def tell(store: dist.Store, failure: str) -> None:
+def tell(store: dist.Store, word: dict[str, Any]) -> None:
     """Leave every other rank a word on how rank 0's work ended; behind a failure, wait until they have read it.
 
     The store may live in this process, and end with it.
     """
     names = [f"once/{number}" for number in range(1, num_ranks())]
     for name in names:
-        store.set(name, f"done {failure}")
+        store.set(name, json.dumps(word))
     deadline = time.monotonic() + READ_SECONDS
-    while failure and time.monotonic() < deadline and any(store.check([name]) for name in names):
+    while "failure" in word and time.monotonic() < deadline and any(store.check([name]) for name in names):
         time.sleep(POLL_SECONDS)
 
 
-def take(store: dist.Store, name: str) -> str:
+def take(store: dist.Store, name: str) -> dict[str, Any]:
     """Wait for rank 0's word and take it away, so that the next work's is not taken for it."""
     while not store.check([name]):
         time.sleep(POLL_SECONDS)
-    word = store.get(name).decode()
+    word = json.loads(store.get(name))
     store.delete_key(name)
-    return word.removeprefix("done ")
+    return word
 
 
 def from_all(value: str) -> list[str]:

@@ -42,7 +42,7 @@ from orthrus.training.acceptance import HeldOutPrompts
 from orthrus.training.anchors import Blocks
 from orthrus.training.budget import budget, report
 from orthrus.training.checkpoints import clear_halves, describe, find_checkpoint, read_run
-from orthrus.training.data import PackedDataset, collate, packed_dataset
+from orthrus.training.data import PackedDataset, collate, packed_dataset, wait_for
 from orthrus.training.documents import unfinished_answers
 from orthrus.training.inspect import inspect_row
 from orthrus.training.prompts import prompts_of_file
@@ -63,6 +63,9 @@ from orthrus.training.view_trainer import (
 
 PROVENANCE = "provenance.json"
 
+ROWS = "rows"
+"""Folder of the packed rows in OUT."""
+
 
 def train_view_recipe(recipe: ViewRecipe, out: Path, *, device: torch.device, resume: bool) -> dict[str, Any]:
     """Train a view, or go on training it; returns what the last line of the command says.
@@ -80,8 +83,7 @@ def train_view_recipe(recipe: ViewRecipe, out: Path, *, device: torch.device, re
     tokenizer = load_tokenizer(base_source(recipe), revision=recipe.model.revision)
     config, sizes = plan_base(recipe, tokenizer)
     prompts = read_prompts(recipe, tokenizer, config)
-    once(lambda: prepare(recipe, tokenizer, out))
-    data = packed_rows(recipe, tokenizer, out)
+    data = wait_for(out / ROWS / once(lambda: prepare(recipe, tokenizer, out)))
     num_steps = num_steps_of(recipe.train, len(data))
     RowOrder(len(data), recipe.train, seed=recipe.seed, num_steps=num_steps)  # refuses too few rows
     if recipe.evaluation.every and not prompts:
@@ -261,15 +263,15 @@ def quiet() -> None:
     huggingface_hub.utils.disable_progress_bars()
 
 
-def prepare(recipe: ViewRecipe, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """What one process does for all: make sure that an upload will be possible, pack the rows."""
+def prepare(recipe: ViewRecipe, tokenizer: PreTrainedTokenizerBase, out: Path) -> str:
+    """What one process does for all: make sure that an upload will be possible, pack the rows. Their folder's name."""
     out.mkdir(parents=True, exist_ok=True)
     clear_halves(out)
     if recipe.train.hub_model_id is not None:  # before the data, which may take long
         reach_hub(recipe.train.hub_model_id)
     if left_out := unfinished_answers(recipe.data.source):
         say(left_out)
-    packed_rows(recipe, tokenizer, out)
+    return packed_rows(recipe, tokenizer, out).folder.name
 
 
 # --- what a run is made of ---------------------------------------------------------------------------------------
@@ -278,7 +280,7 @@ def prepare(recipe: ViewRecipe, tokenizer: PreTrainedTokenizerBase, out: Path) -
 def packed_rows(recipe: ViewRecipe, tokenizer: PreTrainedTokenizerBase, out: Path) -> PackedDataset:
     """The rows to train on; the documents that evaluation holds out are not in them."""
     return packed_dataset(
-        recipe.data, tokenizer, cache=out / "rows", num_held_out=recipe.evaluation.held_out_documents, seed=recipe.seed
+        recipe.data, tokenizer, cache=out / ROWS, num_held_out=recipe.evaluation.held_out_documents, seed=recipe.seed
     )
 
 
