@@ -5,7 +5,7 @@ A sum over D is cut into SPLITS parts, so that there is work for all multiproces
 and what follows (scale, bias, residual, SwiGLU) is done on the sum. Tiles and parts follow from E, D and the weight's
 dtype. The number of rows decides how many of them a tile holds, which changes no row's sum, and that beyond
 MAX_SPREAD_ROWS, where rows are work enough, one program makes all parts of its tile and adds them in the same order.
-No multiplication and addition are fused into one rounding, for compilers may choose so in one kernel and not in another.
+Nothing is fused into multiply-adds: a compiler may do so in one of the kernels and not in the other.
 
     R = rows of a pass, D = inputs, E = outputs, F = width of the MLP
 """
