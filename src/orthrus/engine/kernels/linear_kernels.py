@@ -37,7 +37,7 @@ def whole_product(X, W, x_stride, width, per_split, rows_R, outputs_E, SPLITS: t
     """weight . x' with the bits that adding the splits' parts in order gives. fp32 [E, R]."""
     total = product(X, W, x_stride, width, rows_R, outputs_E, 0, tl.minimum(per_split, width),
                     BLOCK_E, BLOCK_R, BLOCK_K, WHOLE, BY)  # fmt: skip
-    for split in tl.static_range(1, SPLITS):
+    for split in range(1, SPLITS):  # not unrolled: it would take more registers than there are
         total += product(X, W, x_stride, width, rows_R, outputs_E,
                          split * per_split, tl.minimum((split + 1) * per_split, width),
                          BLOCK_E, BLOCK_R, BLOCK_K, WHOLE, BY)  # fmt: skip
