@@ -1,0 +1,46 @@
+"""The Triton kernels of `head.py`."""
+
+# pyrefly: ignore-errors
+# Triton's language has Python's grammar and types of its own.
+
+import triton
+import triton.language as tl
+
+from orthrus.engine.kernels.linear_kernels import whole_product
+
+
+@triton.jit
+def _largest(logits, ids, axis: tl.constexpr):
+    """The largest logit along an axis and the lowest id that has it. NaN counts as infinite: it equals no logit."""
+    logits = tl.where(logits == logits, logits, float("inf"))
+    best = tl.max(logits, axis)
+    return best, tl.min(tl.where(logits == tl.expand_dims(best, axis), ids, 2147483647), axis)
+
+
+@triton.jit
+def tile_largest(
+    X, W, VALUES, IDS, x_stride, num_rows, vocab_size, num_tiles, width, per_split,
+    SPLITS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
+    BY: tl.constexpr,
+):  # fmt: skip
+    """The largest logit of one tile of the vocabulary, and its id, for one tile of rows. Into [R, tiles]."""
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    tile = tl.program_id(1)
+    # Ids that are not there do as the last, id included: they change neither the largest nor who has it.
+    ids = tl.minimum(tile * BLOCK_E + tl.arange(0, BLOCK_E), vocab_size - 1)
+    logits = whole_product(X, W, x_stride, width, per_split, tl.minimum(rows, num_rows - 1), ids, SPLITS,
+                           BLOCK_E, BLOCK_R, BLOCK_K, WHOLE, BY)  # fmt: skip
+    best, best_id = _largest(logits.to(X.dtype.element_ty).to(tl.float32), ids[:, None], 0)
+    places = rows.to(tl.int64) * num_tiles + tile
+    tl.store(VALUES + places, best, mask=rows < num_rows)
+    tl.store(IDS + places, best_id, mask=rows < num_rows)
+
+
+@triton.jit
+def row_largest(VALUES, IDS, OUT, num_tiles, BLOCK: tl.constexpr):
+    """The largest of one row's tiles."""
+    row = tl.program_id(0).to(tl.int64)
+    # Tiles that are not there do as the last.
+    tiles = row * num_tiles + tl.minimum(tl.arange(0, BLOCK), num_tiles - 1)
+    best, best_id = _largest(tl.load(VALUES + tiles), tl.load(IDS + tiles), 0)
+    tl.store(OUT + row, best_id.to(tl.int64))

@@ -1,0 +1,144 @@
+"""Products with weights for few rows (decoding) or many (prefill), whose rows have the same bits either way.
+
+At 1 to 128 rows such a product takes the time of reading the weight, which the kernels (`linear_kernels.py`) do once.
+A sum over D is cut into SPLITS parts, so that there is work for all multiprocessors; parts are fp32 and added in order,
+and what follows (scale, bias, residual, SwiGLU) is done on the sum. Tiles and parts follow from E, D and the weight's
+dtype. The number of rows decides how many of them a tile holds, which changes no row's sum, and that beyond
+MAX_SPREAD_ROWS, where rows are work enough, one program makes all parts of its tile and adds them in the same order.
+Nothing is fused into multiply-adds: a compiler may do so in one of the kernels and not in the other.
+
+    R = rows of a pass, D = inputs, E = outputs, F = width of the MLP
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from orthrus.engine.kernels import linear_kernels
+
+kernels: Any = linear_kernels
+
+
+class Tiles(NamedTuple):
+    """How a product is cut, and how its programs run."""
+
+    BLOCK_E: int
+    """Weight rows of a tile. At least 64, or Hopper's tensor cores are not used as they should be."""
+    BLOCK_K: int
+    """Inputs that are added up at a time."""
+    SPLITS: int
+    """Parts of the sum over inputs."""
+    num_warps: int
+    num_stages: int
+    """Blocks of inputs in flight; fewer where shared memory does not hold them. Changes no bits."""
+
+
+TILES: dict[tuple[int, int, int], Tiles] = {}
+"""By (E, D, bytes of a weight), where measuring (`benchmarks/kernels.py --tiles`) found better than `default_tiles`.
+Never by the number of rows: a row's bits would depend on its neighbours."""
+
+MAX_SPREAD_ROWS = 128
+"""With more rows than this the parts of a sum are not spread over programs: they would take memory, not save time."""
+
+SHARED_BYTES = 200 * 1024
+"""Shared memory that a program's blocks in flight may take (Hopper has 227 KiB)."""
+
+
+def default_tiles(num_outputs: int, width: int, weight_bytes: int) -> Tiles:
+    """Tiles for a shape that nobody measured: about two programs for each of 132 multiprocessors, 512 inputs a part."""
+    block_e, block_k = 64, 32 if weight_bytes == 4 else 128
+    splits = max(1, min(264 // triton.cdiv(num_outputs, block_e), width // 512))
+    return Tiles(block_e, block_k, 1 << splits.bit_length() - 1, num_warps=4, num_stages=4)
+
+
+def tiles_of(weight_ED: Tensor) -> Tiles:
+    """How products with this weight are cut: by its shape and dtype alone."""
+    num_outputs, width = weight_ED.shape
+    key = num_outputs, width, weight_ED.element_size()
+    return TILES.get(key) or default_tiles(*key)
+
+
+def linear(
+    x_RD: Tensor,
+    weight_ED: Tensor,
+    *,
+    bias_E: Tensor | None = None,
+    residual_RE: Tensor | None = None,
+    scale_E: Tensor | None = None,
+) -> Tensor:
+    """x . weight' * scale + bias + residual, in fp32, rounded once. [R, E].
+
+    `weight` may be float8_e4m3fn with an fp32 `scale` for each output; it is converted to the dtype of x as it is read.
+    """
+    return _multiply(x_RD, weight_ED, scale_E, bias_E, residual_RE, is_gated=False)
+
+
+def swiglu(x_RD: Tensor, weight_2FD: Tensor, *, scale_2F: Tensor | None = None) -> Tensor:
+    """silu(x . gate') * (x . up'), the first F rows of the weight being the gate's. In fp32, rounded once. [R, F]."""
+    return _multiply(x_RD, weight_2FD, scale_2F, None, None, is_gated=True)
+
+
+def _multiply(
+    x_RD: Tensor, weight_ED: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, *,
+    is_gated: bool,
+) -> Tensor:  # fmt: skip
+    check_operands(x_RD, weight_ED, scale, bias)
+    num_rows, num_products = len(x_RD), len(weight_ED)
+    num_outputs = num_products // 2 if is_gated else num_products
+    out = x_RD.new_empty(num_rows, num_outputs)
+    if residual is not None and (residual.shape != out.shape or residual.stride(1) != 1):
+        raise ValueError(f"the residual must be rows of {tuple(out.shape)}, got {tuple(residual.shape)}")
+    if num_rows == 0:
+        return out
+    tiles = tiles_of(weight_ED)
+    how = settings(x_RD, weight_ED, tiles)
+    is_spread = tiles.SPLITS > 1 and num_rows <= MAX_SPREAD_ROWS
+    residual_stride = 0 if residual is None else residual.stride(0)
+    row_tiles = triton.cdiv(num_rows, how["BLOCK_R"])
+    if not is_spread:
+        tile_outputs = tiles.BLOCK_E // 2 if is_gated else tiles.BLOCK_E
+        kernels.multiply[row_tiles, triton.cdiv(num_outputs, tile_outputs)](
+            x_RD, weight_ED, scale, bias, residual, out, x_RD.stride(0), residual_stride, num_rows, num_outputs,
+            SPREAD=False, GATED=is_gated, **how,
+        )  # fmt: skip
+        return out
+    parts = x_RD.new_empty(tiles.SPLITS, num_rows, num_products, dtype=torch.float32)
+    kernels.multiply[row_tiles, triton.cdiv(num_products, tiles.BLOCK_E), tiles.SPLITS](
+        x_RD, weight_ED, None, None, None, parts, x_RD.stride(0), 0, num_rows, num_products,
+        SPREAD=True, GATED=is_gated, **how,
+    )  # fmt: skip
+    block = min(512, triton.next_power_of_2(num_outputs))
+    kernels.add_up[num_rows, triton.cdiv(num_outputs, block)](
+        parts, scale, bias, residual, out, residual_stride, parts.stride(0), num_outputs,
+        SPLITS=tiles.SPLITS, GATED=is_gated, BLOCK=block, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def settings(x_RD: Tensor, weight_ED: Tensor, tiles: Tiles) -> dict[str, Any]:
+    """What a kernel over these operands is compiled for, and how it runs."""
+    width = x_RD.shape[1]
+    block_r = min(128, max(16, triton.next_power_of_2(len(x_RD))))
+    per_split = triton.cdiv(triton.cdiv(width, tiles.BLOCK_K), tiles.SPLITS) * tiles.BLOCK_K
+    stage_bytes = tiles.BLOCK_K * (tiles.BLOCK_E * weight_ED.element_size() + block_r * x_RD.element_size())
+    return tiles._asdict() | dict(
+        width=width, per_split=per_split, BLOCK_R=block_r, WHOLE=width % tiles.BLOCK_K == 0,
+        BY="ieee" if x_RD.dtype == torch.float32 else "tf32",  # of no effect below fp32
+        num_stages=max(1, min(tiles.num_stages, SHARED_BYTES // stage_bytes)),
+        enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def check_operands(x_RD: Tensor, weight_ED: Tensor, *by_output: Tensor | None) -> None:
+    """Raise ValueError where the kernels would read other numbers than meant."""
+    if weight_ED.dtype not in (x_RD.dtype, torch.float8_e4m3fn):
+        raise ValueError(f"weights must be {x_RD.dtype}, as their rows are, or float8_e4m3fn, got {weight_ED.dtype}")
+    if x_RD.ndim != 2 or x_RD.shape[1:] != weight_ED.shape[1:]:
+        raise ValueError(f"rows of {tuple(x_RD.shape)} do not fit a weight of {tuple(weight_ED.shape)}")
+    if (x_RD.stride(1) != 1 and x_RD.shape[1] > 1) or not weight_ED.is_contiguous():
+        raise ValueError("rows and weights must lie together in memory; call contiguous() on them")
+    for one in by_output:
+        if one is not None and (one.shape != weight_ED.shape[:1] or not one.is_contiguous()):
+            raise ValueError(f"scale and bias must be [{len(weight_ED)}], one for each output, got {list(one.shape)}")

@@ -1,0 +1,42 @@
+"""Weights, rows and tiles at which the kernels of products are tested, and the ways in which a row can be placed."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from orthrus.engine.kernels import linear
+from orthrus.engine.kernels.linear import Tiles
+from tests.engine.interpreter import DEVICE
+
+# Tiny shapes have one part by default: these cut sums as large ones are cut. Small, for each step of a program costs
+# the interpreter milliseconds.
+SHAPES = {
+    "odd": (30, 50, Tiles(64, 32, 1, 4, 3)),
+    "split": (74, 140, Tiles(64, 32, 2, 4, 3)),  # the last part is shorter, its last block not whole
+    "whole": (64, 96, Tiles(64, 32, 3, 4, 3)),
+    "empty": (48, 90, Tiles(64, 64, 3, 4, 3)),  # a part has no inputs
+}
+
+NUM_ROWS = 130
+"""More than any tile of rows holds, and than any product spreads the parts of its sums for."""
+
+PLACES = {
+    "alone": [7],
+    "reversed": [9, 8, 7],
+    "in a wider tile": [129, *range(1, 33)],
+    "in the widest": [*range(40, 106)],
+}
+"""Rows of the NUM_ROWS that are computed again, in other company."""
+
+
+def cut(monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[int, int]:
+    """Have products of this shape cut as SHAPES says, whatever the dtype. (outputs, inputs)."""
+    num_outputs, width, tiles = SHAPES[name]
+    for weight_bytes in (1, 2, 4):
+        monkeypatch.setitem(linear.TILES, (num_outputs, width, weight_bytes), tiles)
+    return num_outputs, width
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers of a dtype."""
+    return torch.randn(shape).to(DEVICE, dtype)

@@ -1,0 +1,61 @@
+"""Kernels compile for Hopper, which the interpreter cannot know, and use its tensor cores.
+
+Compiling needs no GPU, but it needs Triton without its interpreter: another process.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+PROGRAM = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from orthrus.engine.kernels import head_kernels, linear_kernels, norm
+
+POINTERS = dict(
+    X="*bf16", W="*bf16", WEIGHT="*bf16", SCALE="*fp32", BIAS="*bf16", RESIDUAL="*bf16", OUT="*bf16", PARTS="*fp32",
+    VALUES="*fp32", IDS="*i32",
+)
+
+
+def ptx(kernel, types, **constants):
+    # Pointers and strides are multiples of 16, as those of whole models are; what no constant says is an int.
+    types = {name: types.get(name, POINTERS.get(name, "i32")) for name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else kind for name, kind in types.items()}
+    at = {name: (kernel.arg_names.index(name),) for name in kernel.arg_names}
+    aligned = {at[n]: [["tt.divisibility", 16]] for n, kind in signature.items() if kind not in ("constexpr", "fp32")}
+    source = ASTSource(kernel, signature, {at[name]: value for name, value in constants.items()}, aligned)
+    options = dict(num_warps=4, num_stages=3, enable_fp_fusion=False)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+
+TILE = dict(BLOCK_E=64, BLOCK_R=32, BLOCK_K=64, WHOLE=True, BY="tf32")
+NONE = dict(SCALE=None, BIAS=None, RESIDUAL=None)
+multiply = linear_kernels.multiply
+products = [
+    ptx(multiply, {}, SPLITS=1, SPREAD=False, GATED=False, **TILE),
+    ptx(multiply, dict(W="*fp8e4nv"), SPLITS=2, SPREAD=False, GATED=True, **TILE, BIAS=None, RESIDUAL=None),
+    ptx(multiply, dict(OUT="*fp32"), SPLITS=2, SPREAD=True, GATED=True, **TILE | dict(BLOCK_R=128), **NONE),
+    ptx(multiply, {}, SPLITS=1, SPREAD=False, GATED=False, **TILE | dict(WHOLE=False), **NONE, num_rows=1),
+    ptx(head_kernels.tile_largest, {}, SPLITS=1, **TILE),
+]
+for one in products:
+    assert "wgmma" in one, "the product is not one of Hopper's"
+    assert "cp.async" in one, "blocks of inputs are not loaded ahead"
+ptx(head_kernels.row_largest, dict(OUT="*i64"), BLOCK=4096)
+for gated in (False, True):
+    ptx(linear_kernels.add_up, {}, SPLITS=4, GATED=gated, BLOCK=512)
+ptx(norm._rms_norm, dict(eps="fp32"), BLOCK=4096)
+"""
+
+
+def test_kernels_compile_for_hopper() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
