@@ -14,6 +14,8 @@ from tests.engine.passes import fp32, in_fp32, of_rows, planted, random_pages
 attention = pytest.importorskip("orthrus.engine.kernels.attention")
 
 SCALE = 0.3
+TILES = (dict(TILE_M=16, num_warps=4, num_stages=1), dict(TILE_M=64, num_warps=4, num_stages=1))
+
 REAL = {name: getattr(attention, name) for name in ("SPLIT_SLOTS", "TILE_K", "MERGE")}
 
 HOW = {"splits": (1 << 30, 0, 0), "spans": (0, 1 << 30, 0), "whole rows": (0, 0, 0)}
@@ -72,7 +74,7 @@ def check_twin(lengths: list[int], width: int, shape: tuple[int, int, int], *, p
 def test_a_pass_mixes_as_its_twin(monkeypatch, how: str, drafts: bool) -> None:
     """Lengths around pages, splits and spans; a draft block of more than a tile."""
     spread_by(monkeypatch, how)
-    check_twin([0, 150], 19, (4, 2, 16), page_slots=8, drafts=drafts)
+    check_twin([0, 140], 19, (4, 2, 16), page_slots=8, drafts=drafts)
     check_twin([31, 126, 1], 1, (7, 1, 20), page_slots=32, drafts=drafts)
 
 
@@ -89,7 +91,7 @@ def test_the_sizes_that_run(monkeypatch) -> None:
 
 @pytest.mark.parametrize("drafts", [False, True], ids=["ar", "draft"])
 def test_bf16_is_off_by_its_roundings(drafts: bool) -> None:
-    """A weight is rounded to 8 bits before it meets its value, and the result once: 2^-9 of each."""
+    """A weight is rounded to bf16 before it meets its value, and the result once: by at most 2^-8 of each."""
     dtype, width = torch.bfloat16, 5
     pages = random_pages(
         [70, 3], width, num_groups=2, head_dim=16, page_slots=8, table_pages=12, dtype=dtype
@@ -103,22 +105,26 @@ def test_bf16_is_off_by_its_roundings(drafts: bool) -> None:
     slow = reference.attend(q.float(), twin, own=fp32(own), **how)
     sizes = None if own is None else (own[0].float(), own[1].float().abs())
     size = reference.attend(q.float(), twin._replace(values_PSGH=twin.values_PSGH.abs()), own=sizes, **how)
-    assert ((fast - slow).abs() <= (size + slow.abs()) * 2**-9 * 1.01 + 1e-6).all()
+    assert ((fast - slow).abs() <= (size + slow.abs()) * 2**-8 * 1.001 + 1e-6).all()
 
 
-def check_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A position has the same bits alone and in a block, in any batch, table and way to spread the pass."""
-    dtype, width, lengths = torch.bfloat16, 24, [0, 7, 30, 31, 105, 127]
+def check_bits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float32) -> None:
+    """A position has the same bits alone and in a block, in any batch, table and way to spread the pass.
+
+    In fp32, since rounding to bf16 hides most of what the order of sums changes.
+    """
+    monkeypatch.setattr(attention, "TILES_M", {2: TILES, 4: TILES})
+    width, lengths = 10, [0, 7, 31, 105, 127]
     spread_by(monkeypatch, "whole rows")
     pages = random_pages(lengths, width, num_groups=1, head_dim=16, page_slots=8, table_pages=24, dtype=dtype)
-    q = heads(len(lengths) * width, 4, 16, dtype)  # 96 query heads: the larger tile
+    q = heads(len(lengths) * width, 4, 16, dtype)  # 40 query heads of a key head: the larger tile
     together = attention.attend(q, pages, width=width, scale=SCALE).unflatten(0, (-1, width))
     for how in ("splits", "spans"):
         spread_by(monkeypatch, how)
         again = attention.attend(q, pages, width=width, scale=SCALE).unflatten(0, (-1, width))
         assert torch.equal(again, together), f"bits depend on how the pass is spread: {how}"
     spread_by(monkeypatch, "whole rows")
-    rows = [5, 1, 3]
+    rows = [4, 1]
     some = attention.attend(
         q.unflatten(0, (-1, width))[rows].flatten(0, 1), of_rows(pages, rows), width=width, scale=SCALE
     )
@@ -127,15 +133,16 @@ def check_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(
         attention.attend(q, wider, width=width, scale=SCALE).unflatten(0, (-1, width)), together
     ), "bits depend on the room in the tables"
-    for w, how in ((0, "splits"), (1, "whole rows"), (23, "spans")):
+    for w, how in ((0, "splits"), (1, "whole rows"), (9, "spans")):
         spread_by(monkeypatch, how)
         later = pages._replace(lengths_B=pages.lengths_B + w)
         alone = attention.attend(q[w::width].contiguous(), later, width=1, scale=SCALE)
         assert torch.equal(alone, together[:, w]), f"plain decoding and verification differ at position {w}"
 
 
-def test_a_position_has_its_bits_in_any_pass(monkeypatch) -> None:
-    check_bits(monkeypatch)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_position_has_its_bits_in_any_pass(monkeypatch, dtype: torch.dtype) -> None:
+    check_bits(monkeypatch, dtype)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +182,7 @@ def test_a_broken_clause_is_noticed(monkeypatch, tmp_path: Path, old: str, new: 
 )
 def test_a_wrong_mask_is_noticed(monkeypatch, tmp_path: Path, old: str, new: str) -> None:
     monkeypatch.setattr(attention, "kernels", planted(attention.attention_kernels, tmp_path, old=old, new=new))
+    spread_by(monkeypatch, "whole rows")
     with pytest.raises(AssertionError, match="not close"):
         check_twin([29], 5, (4, 2, 16), page_slots=8, drafts=False)
 

@@ -13,9 +13,8 @@ from tests.engine.passes import of_rows, planted, random_pages
 
 place = pytest.importorskip("orthrus.engine.kernels.place")
 
-LENGTHS, WIDTH = [0, 14, 9], 4
+LENGTHS, WIDTH = [0, 14], 3
 SHAPES = [(4, 2, 64), (7, 1, 80), (3, 3, 96), (8, 1, 128)]
-EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
 def inputs(
@@ -63,13 +62,13 @@ def check_twin(shape: tuple[int, int, int], dtype: torch.dtype, *, norms: bool, 
             torch.testing.assert_close(one, other, rtol=2**-7, atol=2**-7 * other.abs().max().item())
 
 
-@EVERY_SHAPE
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("drafts", [False, True], ids=["pages", "own"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("norms", [False, True], ids=["plain", "normed"])
+@pytest.mark.parametrize(("dtype", "norms"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
 def test_heads_are_placed_as_by_the_twin(
-    shape: tuple[int, int, int], dtype: torch.dtype, drafts: bool, norms: bool
+    monkeypatch, shape: tuple[int, int, int], dtype: torch.dtype, drafts: bool, norms: bool
 ) -> None:
+    monkeypatch.setattr(place, "TILE", dict(TILE_T=16, num_warps=4))  # fewer programs to interpret
     check_twin(shape, dtype, norms=norms, drafts=drafts)
 
 
@@ -78,7 +77,7 @@ def check_bits() -> None:
     qkv, pages, *rest = inputs((5, 2, 16), torch.bfloat16, norms=True)
     together = placed(place, qkv, pages, *rest, num_heads=5)
     q = together[0].unflatten(0, (-1, WIDTH))
-    rows = [2, 0]
+    rows = [1]
     some = placed(
         place, qkv.unflatten(0, (-1, WIDTH))[rows].flatten(0, 1), of_rows(pages, rows), *rest, num_heads=5
     )
@@ -98,17 +97,15 @@ def test_a_position_has_its_bits_in_any_pass() -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("tl.sum(x * x, 1) / H", "tl.sum(tl.sum(x * x, 1), 0) / H"),
+        ("tl.sum(x * x, 1) / H", "(tl.sum(x * x, 1) * 0 + tl.sum(tl.sum(x * x, 1), 0)) / H"),
         ("* cos[None, :]).to(dtype).to(tl.float32)", "* cos[None, :])"),
         ("-1.0, 1.0)", "1.0, -1.0)"),
         ("position // S)", "position // S + 1)"),
-        ("key = heads - NUM_HEADS,", "key = heads,"),
+        ("key, value = heads - NUM_HEADS,", "key, value = heads,"),
     ],
     ids=["a norm over several heads", "a product not rounded", "turned the other way", "the next page", "q for k"],
 )
 def test_a_bug_is_noticed(monkeypatch, tmp_path: Path, old: str, new: str) -> None:
-    old = old.replace("key = heads - NUM_HEADS,", "key, value = heads - NUM_HEADS,")
-    new = new.replace("key = heads,", "key, value = heads,")
     monkeypatch.setattr(place, "kernels", planted(place.place_kernels, tmp_path, old=old, new=new))
     with pytest.raises(AssertionError):
         check_twin(SHAPES[0], torch.bfloat16, norms="sum" in old, drafts=False)
