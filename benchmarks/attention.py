@@ -1,15 +1,17 @@
 """Microseconds of the engine's attention and of placing heads, at exact Qwen3 shapes, beside a read-only stream.
 
-    python benchmarks/attention.py                        # 1.7b and 8b, 1k / 8k / 40k, one position and 32, batch 1 and 16
-    python benchmarks/attention.py --device cpu --shape toy --context 40 --batch 2     # does it run; no number
+    python benchmarks/attention.py        # 1.7b and 8b, 1k / 8k / 40k of context, one position and 32, batch 1 and 16
+    python benchmarks/attention.py --device cpu --shape toy --context 40 --batch 2 --width 2    # does it run; no number
 
-A line for each pass: its microseconds, the bytes of keys and values it must read, and how long the measured stream would
-take for them. Passes are captured once for each of enough copies of the pages to exceed the L2 cache several times and
-replayed as one graph, as the layers of a model follow one another; the time is the median over replays. The stream reads
-`--stream-bytes` with a kernel that does nothing else. `attend` is the AR view; `attend_draft` also reads an own block.
+A line for each pass: its microseconds, the bytes of keys and values it must read, and how long the measured stream
+would take for them. Passes are captured once for each of enough copies of the pages to exceed the L2 cache several
+times and replayed as one graph, as the layers of a model follow one another; the time is the median over replays. The
+stream reads `--stream-bytes` with a kernel that does nothing else. `attend` is the AR view; `attend_draft` also reads
+an own block.
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -17,9 +19,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from orthrus.engine.kernels.attention import attend
 from orthrus.engine.kernels.place import place_heads
@@ -36,10 +42,11 @@ COLD_BYTES = 256 << 20
 
 
 @triton.jit
-def read_only(X, OUT, BLOCK: tl.constexpr):  # pyrefly: ignore
+def read_only(X, OUT, BLOCK: tl.constexpr):
     """Read a block and keep nothing."""
     x = tl.load(X + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))
-    if tl.max(x, 0) > 3.0e38:  # never: or nothing would have to be read
+    largest: Any = tl.max(x, 0)
+    if largest > 3.0e38:  # never, but without it nothing would have to be read
         tl.store(OUT, 1.0)
 
 

@@ -29,9 +29,7 @@ def random_pages(
         tables[b, num_pages:] = POISON
         last, behind = tables[b, num_pages - 1], (length + width - 1) % page_slots + 1
         keys[last, behind:] = values[last, behind:] = torch.nan
-    return Pages(
-        keys, values, tables.to(DEVICE, torch.int32), torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-    )
+    return Pages(keys, values, tables.to(DEVICE, torch.int32), torch.tensor(lengths, dtype=torch.int32, device=DEVICE))
 
 
 def of_rows(pages: Pages, rows: list[int]) -> Pages:

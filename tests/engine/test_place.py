@@ -74,17 +74,17 @@ def test_heads_are_placed_as_by_the_twin(
 
 def check_bits() -> None:
     """What a position gets is the same in a pass of one position and of some rows."""
-    qkv, pages, *rest = inputs((5, 2, 16), torch.bfloat16, norms=True)
-    together = placed(place, qkv, pages, *rest, num_heads=5)
+    qkv, pages, rotary, norms = inputs((5, 2, 16), torch.bfloat16, norms=True)
+    together = placed(place, qkv, pages, rotary, norms, num_heads=5)
     q = together[0].unflatten(0, (-1, WIDTH))
     rows = [1]
     some = placed(
-        place, qkv.unflatten(0, (-1, WIDTH))[rows].flatten(0, 1), of_rows(pages, rows), *rest, num_heads=5
+        place, qkv.unflatten(0, (-1, WIDTH))[rows].flatten(0, 1), of_rows(pages, rows), rotary, norms, num_heads=5
     )
     assert torch.equal(some[0].unflatten(0, (-1, WIDTH)), q[rows]), "bits depend on the other rows"
     for w in range(WIDTH):
         later = pages._replace(lengths_B=pages.lengths_B + w)
-        alone = placed(place, qkv[w::WIDTH].contiguous(), later, *rest, num_heads=5, width=1)
+        alone = placed(place, qkv[w::WIDTH].contiguous(), later, rotary, norms, num_heads=5, width=1)
         assert torch.equal(alone[0], q[:, w]), f"plain decoding and verification differ at position {w}"
         for one, all_of_them in zip(alone[1:], together[1:], strict=True):
             assert torch.equal(one[one != 0], all_of_them[one != 0]), f"stored bits differ at position {w}"

@@ -42,8 +42,8 @@ TILES_M = {
     2: (dict(TILE_M=64, num_warps=4, num_stages=3), dict(TILE_M=128, num_warps=8, num_stages=3)),
     4: (dict(TILE_M=32, num_warps=4, num_stages=1),),
 }
-"""Query heads of a tile, by bytes of an element: the smallest that holds a pass's, or the last. A warp has 16 of them and
-all slots of a tile in either size, and Hopper's MMA of a warpgroup needs 64, so one position alone is not given fewer."""
+"""Query heads of a tile, by bytes of an element: the smallest tile that holds a pass's, or the last. In bf16 a warp has
+16 of them and all slots of a tile in either size, and Hopper's MMA needs 64, so one position is not given fewer."""
 
 MERGE = dict(TILE_M=4, num_warps=4)
 """Query heads that a program folds the states of."""

@@ -9,7 +9,6 @@ R, B, N, G, H, P, S, M, E as in `engine/reference.py`.
 
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 
@@ -18,8 +17,8 @@ from orthrus.engine.reference import HeadNorms, Pages, Rotary
 
 kernels: Any = place_kernels
 
-TILE = dict(TILE_T=4, num_warps=4)
-"""Heads of a program."""
+TILE = dict(TILE_T=4, num_warps=4, enable_fp_fusion=False)
+"""Heads of a program; each product is rounded before it is added, in fp32 too."""
 
 
 def place_heads(
