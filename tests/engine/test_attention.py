@@ -81,7 +81,7 @@ def check_twin(lengths: list[int], width: int, shape: tuple[int, int, int], *, p
 def test_a_pass_mixes_as_its_twin(monkeypatch, how: str, drafts: bool) -> None:
     """Lengths around pages, splits and spans; a draft block of more than a tile."""
     spread_by(monkeypatch, how)
-    check_twin([0, 140], 19, (4, 2, 16), page_slots=8, drafts=drafts)
+    check_twin([0, 129], 17, (2, 1, 16), page_slots=8, drafts=drafts)
     check_twin([31, 126, 1], 1, (7, 1, 20), page_slots=32, drafts=drafts)
 
 
@@ -119,7 +119,7 @@ def check_bits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float
     In fp32, since rounding to bf16 hides most of what the order of sums changes.
     """
     monkeypatch.setattr(attention, "TILES_M", {2: TILES, 4: TILES})
-    width, lengths = 6, [0, 31, 105, 125]
+    width, lengths = 6, [0, 31, 125]
     spread_by(monkeypatch, "whole rows")
     pages = random_pages(lengths, width, num_groups=1, head_dim=16, page_slots=8, table_pages=24, dtype=dtype)
     q = heads(len(lengths) * width, 4, 16, dtype)  # 24 query heads of a key head: the larger tile
@@ -129,7 +129,7 @@ def check_bits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float
         again = attention.attend(q, pages, width=width, scale=SCALE).unflatten(0, (-1, width))
         assert torch.equal(again, together), f"bits depend on how the pass is spread: {how}"
     spread_by(monkeypatch, "whole rows")
-    rows = [3, 1]
+    rows = [2, 1]
     some = attention.attend(
         q.unflatten(0, (-1, width))[rows].flatten(0, 1), of_rows(pages, rows), width=width, scale=SCALE
     )
@@ -166,7 +166,7 @@ def test_a_position_has_its_bits_in_any_pass(monkeypatch, dtype: torch.dtype) ->
             id="splits descending",
         ),
         pytest.param(
-            "tl.max(scores, 1))", "tl.max(tl.max(scores, 1), 0))", "verification differ",
+            "tl.max(scores, 1))", "tl.max(tl.max(scores, 1), 0))", "bits depend on|verification differ",
             id="a peak for all rows of a tile",
         ),
     ],
@@ -177,6 +177,7 @@ def test_a_broken_clause_is_noticed(monkeypatch, tmp_path: Path, old: str, new: 
         check_bits(monkeypatch)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize(
     ("old", "new"),
     [
