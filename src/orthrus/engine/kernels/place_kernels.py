@@ -1,0 +1,62 @@
+"""The Triton kernel of `engine/kernels/place.py`.
+
+T = heads of a tile, of all N + 2 G: queries, keys, values
+"""
+
+# pyrefly: ignore-errors
+# Triton's language has Python's grammar and types of its own.
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _norm(x, is_query, QUERY_NORM, KEY_NORM, dims, is_dim, scale_T, dtype):
+    """x * scale * weight, rounded to the dtype; in fp32. [T, H]."""
+    query = tl.load(QUERY_NORM + dims, mask=is_dim, other=0.0).to(tl.float32)
+    key = tl.load(KEY_NORM + dims, mask=is_dim, other=0.0).to(tl.float32)
+    weight = tl.where(is_query[:, None], query[None, :], key[None, :])
+    return (x * scale_T[:, None] * weight).to(dtype).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["eps", "table_pages", "width"])
+def place(
+    QKV, Q, K, V, TABLES, LENGTHS, COS, SIN, QUERY_NORM, KEY_NORM,
+    kp, ks, kg, vp, vs, vg, eps, table_pages, width,
+    NUM_HEADS: tl.constexpr, NUM_GROUPS: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, S: tl.constexpr,
+    HAS_NORMS: tl.constexpr, HAS_OWN: tl.constexpr, TILE_T: tl.constexpr,
+):  # fmt: skip
+    """A few heads of one position. With HAS_OWN, K and V are buffers [R, G, H] and have no pages."""
+    row, heads = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE_T + tl.arange(0, TILE_T)
+    dims = tl.arange(0, BLOCK_H)
+    is_dim = dims < H
+    is_query, is_value = heads < NUM_HEADS, heads >= NUM_HEADS + NUM_GROUPS
+    dtype = QKV.dtype.element_ty
+    mask = (heads < NUM_HEADS + 2 * NUM_GROUPS)[:, None] & is_dim[None, :]
+    base = QKV + (row * (NUM_HEADS + 2 * NUM_GROUPS) + heads[:, None]) * H
+    position = tl.load(LENGTHS + row // width) + (row % width).to(tl.int32)
+    raw = tl.load(base + dims[None, :], mask=mask, other=0.0)
+    # Each dimension turns together with the one half a head away.
+    partners = tl.where(dims < H // 2, dims + H // 2, dims - H // 2)
+    x = raw.to(tl.float32)
+    partner = tl.load(base + partners[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_NORMS:
+        scale_T = tl.rsqrt(tl.sum(x * x, 1) / H + eps)
+        x = _norm(x, is_query, QUERY_NORM, KEY_NORM, dims, is_dim, scale_T, dtype)
+        partner = _norm(partner, is_query, QUERY_NORM, KEY_NORM, partners, is_dim, scale_T, dtype)
+    angles = position.to(tl.int64) * H + dims
+    cos = tl.load(COS + angles, mask=is_dim, other=0.0).to(tl.float32)
+    sin = tl.load(SIN + angles, mask=is_dim, other=0.0).to(tl.float32)
+    turned = tl.where(dims < H // 2, -1.0, 1.0)[None, :] * partner
+    turned = (turned * sin[None, :]).to(dtype).to(tl.float32)
+    x = ((x * cos[None, :]).to(dtype).to(tl.float32) + turned).to(dtype)
+    tl.store(Q + (row * NUM_HEADS + heads[:, None]) * H + dims[None, :], x, mask=mask & is_query[:, None])
+    if HAS_OWN:
+        k_row, v_row = K + row * NUM_GROUPS * H, V + row * NUM_GROUPS * H
+    else:
+        page = tl.load(TABLES + row // width * table_pages + position // S).to(tl.int64)
+        k_row, v_row = K + page * kp + position % S * ks, V + page * vp + position % S * vs
+    key, value = heads - NUM_HEADS, heads - NUM_HEADS - NUM_GROUPS
+    is_key = (key >= 0)[:, None] & (value < 0)[:, None]
+    tl.store(k_row + key[:, None] * kg + dims[None, :], x, mask=mask & is_key)
+    tl.store(v_row + value[:, None] * vg + dims[None, :], raw, mask=mask & is_value[:, None])

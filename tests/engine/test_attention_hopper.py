@@ -1,0 +1,67 @@
+"""The kernels of attention and of placing compile for Hopper, which the interpreter cannot know.
+
+Compiling needs no GPU, but it needs Triton without its interpreter: another process.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+PROGRAM = """
+import re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from orthrus.engine.kernels import attention_kernels, place_kernels
+from orthrus.engine.kernels.attention import MERGE, SPAN_SPLITS, SPLIT_SLOTS, TILE_K, TILES_M
+from orthrus.engine.kernels.place import TILE
+
+FP32, INT32 = dict.fromkeys(("ACC", "PEAK", "TOTAL"), "*fp32"), dict.fromkeys(("TABLES", "LENGTHS", "WIDTHS"), "*i32")
+KINDS = FP32 | INT32 | dict(scale="fp32", eps="fp32")
+STRIDES = ("kp", "ks", "kg", "vp", "vs", "vg")
+
+
+def ptx(kernel, options, **constants):
+    kinds = {name: KINDS.get(name, "*bf16" if name.isupper() else "i32") for name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else kind for name, kind in kinds.items()}
+    at = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+    aligned = {at[n]: [["tt.divisibility", 16]] for n, kind in signature.items() if kind[0] == "*" or n in STRIDES}
+    source = ASTSource(kernel, signature, {at[name]: value for name, value in constants.items()}, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+
+def split(tile):
+    names = ("num_warps", "num_stages", "enable_fp_fusion")
+    return {n: v for n, v in tile.items() if n in names}, {n: v for n, v in tile.items() if n not in names}
+
+
+HEADS = dict(H=128, BLOCK_H=128, SPLIT=SPLIT_SLOTS)
+READ = HEADS | dict(GROUP=4, S=64, TILE_K=TILE_K[2], BY="tf32", HAS_OWN=True)
+AR = dict(OWN_K=None, OWN_V=None, WIDTHS=None, HAS_OWN=False)
+few, many = (split(tile) for tile in TILES_M[2])
+products = []
+for (options, tile), how in ((few, AR), (many, {})):
+    code = ptx(attention_kernels.read_unit, options, UNIT=1, **READ | tile | how)
+    assert "cp.async" in code, "keys are not loaded ahead"
+    products.append(set(re.findall(r"wgmma[.]mma_async\\S*", code)))
+assert products[0] == products[1] != set(), f"tiles of different sizes run different products: {products}"
+options, tile = many
+ptx(attention_kernels.read_all, options, SPAN=SPAN_SPLITS, **READ | tile | AR)
+options, tile = split(MERGE)
+ptx(attention_kernels.merge, options, SPAN=SPAN_SPLITS, UNIT=1, HAS_OWN=True, **HEADS | tile)
+options, tile = split(TILE)
+place = dict(NUM_HEADS=32, NUM_GROUPS=8, H=128, BLOCK_H=128, S=64, **tile)
+ptx(place_kernels.place, options, HAS_NORMS=True, HAS_OWN=False, **place)
+ptx(place_kernels.place, options, HAS_NORMS=False, HAS_OWN=True, QUERY_NORM=None, KEY_NORM=None, **place)
+"""
+
+
+def test_kernels_compile_for_hopper() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
