@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from orthrus.decoding.row import Row
+from orthrus.decoding.row import Outcome, Row
 from orthrus.decoding.sampling import (
     ACCEPT,
     DRAFT,
@@ -85,6 +85,18 @@ class Chooser:
             torch.where(is_speculative_B, speculative[0], equal[0]),
             torch.where(self._is_speculative_B1, speculative[1], equal[1]),
         )
+
+    def report(self, outcomes: Sequence[Outcome], logits_BWV: Tensor) -> None:
+        """Add log-probabilities and logits of the committed tokens to the outcomes of the rows that want them."""
+        for b, (row, outcome) in enumerate(zip(self._rows, outcomes, strict=True)):
+            num_tokens = len(outcome.tokens)
+            if row.wants_logprobs:
+                logprobs_nV = logits_BWV[b, :num_tokens].float().log_softmax(-1)
+                tokens_n1 = torch.tensor(outcome.tokens, device=logits_BWV.device)[:, None]
+                outcome.logprobs = logprobs_nV.gather(1, tokens_n1)[:, 0].tolist()
+            if row.wants_logits and self.scores_BWV is not None:
+                outcome.logits = logits_BWV[b, :num_tokens].float().clone()
+                outcome.scores = self.scores_BWV[b, :num_tokens].float().clone()
 
     def _scores(self, logits_BTV: Tensor) -> Tensor:
         return logits_BTV if self._is_greedy else warp(logits_BTV, self._laws)

@@ -151,7 +151,7 @@ class PortableBackend:
         _, committed = chooser.verify(logits_11V, none_B0, torch.zeros(1, dtype=torch.long, device=self.device))
         outcome = Outcome(tokens=committed[0].tolist(), drafts=[])
         watch.mark()
-        self._add_logits([row], [outcome], logits_11V, chooser)
+        chooser.report([outcome], logits_11V)
         return Cycle(outcomes=[outcome], draft_ms=0.0, verify_ms=watch.between(0, 1))
 
     @torch.inference_mode()
@@ -180,7 +180,7 @@ class PortableBackend:
             self.cache.commit(row.index, accepted + 1)
             drafts = rest[num_columns : num_columns + row.width]
             outcomes.append(Outcome(tokens=rest[: accepted + 1], drafts=drafts))
-        self._add_logits(rows, outcomes, logits_BWV, chooser)
+        chooser.report(outcomes, logits_BWV)
         draft_ms = watch.between(0, 1) if num_columns > 1 else 0.0
         return Cycle(outcomes=outcomes, draft_ms=draft_ms, verify_ms=watch.between(1, 2))
 
@@ -267,18 +267,6 @@ class PortableBackend:
             return keys[strips, :, :num_slots], values[strips, :, :num_slots]
 
         return write
-
-    def _add_logits(self, rows: list[Row], outcomes: list[Outcome], logits_BWV: Tensor, chooser: Chooser) -> None:
-        """Log-probabilities and logits of the committed tokens, for the rows that want them."""
-        for b, (row, outcome) in enumerate(zip(rows, outcomes, strict=True)):
-            num_tokens = len(outcome.tokens)
-            if row.wants_logprobs:
-                logprobs_nV = logits_BWV[b, :num_tokens].float().log_softmax(-1)
-                tokens_n1 = torch.tensor(outcome.tokens, device=self.device)[:, None]
-                outcome.logprobs = logprobs_nV.gather(1, tokens_n1)[:, 0].tolist()
-            if row.wants_logits and chooser.scores_BWV is not None:
-                outcome.logits = logits_BWV[b, :num_tokens].float().clone()
-                outcome.scores = chooser.scores_BWV[b, :num_tokens].float().clone()
 
 
 # Attention
