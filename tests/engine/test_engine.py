@@ -90,7 +90,9 @@ def test_a_row_of_a_mixed_batch_equals_the_row_alone():
     requests = [request(p, 10 + 5 * i, **SAMPLED[i]) for i, p in enumerate(prompts)]
     together, _ = decode_all(Decoder(engine()), requests)
     for row, alone in enumerate(requests):
-        assert decode_all(Decoder(engine()), [alone])[0][0] == together[row], f"row {row} writes another text in company"
+        assert decode_all(Decoder(engine()), [alone])[0][0] == together[row], (
+            f"row {row} writes another text in company"
+        )
 
 
 def test_processors_logprobs_and_logits_are_the_portable_backends():

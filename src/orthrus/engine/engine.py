@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from orthrus.decoding.chooser import Chooser
 from orthrus.decoding.portable import PREFILL_CHUNK, Stopwatch
 from orthrus.decoding.row import Cycle, Outcome, Row
+from orthrus.engine.graphs import Graphs
 from orthrus.engine.kv import PagePool, PageTables
 from orthrus.engine.operations import Ops, choose_ops
 from orthrus.engine.passes import Inputs, Passes, Shape
 from orthrus.engine.weights import check_modules, rotary_tables, take_weights
-from orthrus.model.attention import View
 
 PAGE_SLOTS = 64
 """Slots of a page: divides the 256 slots that attention splits at."""
@@ -60,6 +60,7 @@ class EngineBackend:
         page_slots: int = PAGE_SLOTS,
         prefill_chunk: int = PREFILL_CHUNK,
         ops: Ops | None = None,
+        graphs: Graphs | None = None,
     ):
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
@@ -86,6 +87,7 @@ class EngineBackend:
             page_slots=page_slots,
             mask_token=self._mask_token,
         )
+        self.graphs = Graphs.on(self.device) if graphs is None else graphs
         self._inputs: dict[Shape, Inputs] = {}
 
     @property
@@ -120,8 +122,8 @@ class EngineBackend:
         none_B0 = torch.empty(1, 0, dtype=torch.long, device=self.device)
         chooser = Chooser([row], 1, logits_11V.shape[-1], self.device)
         _, committed = chooser.verify(logits_11V, none_B0, torch.zeros(1, dtype=torch.long, device=self.device))
+        watch.mark()  # before the read, which waits for it
         outcome = Outcome(tokens=committed[0].tolist(), drafts=[])
-        watch.mark()
         chooser.report([outcome], logits_11V)
         return Cycle(outcomes=[outcome], draft_ms=0.0, verify_ms=watch.between(0, 1))
 
@@ -134,17 +136,18 @@ class EngineBackend:
         if is_drafting and self._mask_token is None:
             raise ValueError("the configuration has no mask_token_id: this model cannot draft, decode without drafting")
         inputs = self._batch(rows)
-        choice = None if all(map(is_plain, rows)) else _Choice(rows, inputs, self.passes)
+        choice = None if all(map(is_plain, rows)) else _Choice(rows, inputs, self.passes, self.graphs)
         if is_drafting:
-            self.passes.draft(inputs) if choice is None else choice.draft()
+            self.graphs.run(self.passes.draft, inputs) if choice is None else choice.draft()
         watch.mark()
         if choice is None:
             inputs.forget()
-            self.passes.verify(inputs)
-            result, num_columns = inputs.result_BX[: len(rows)].tolist(), inputs.shape.num_columns
+            self.graphs.run(self.passes.verify, inputs)
+            result_BX, num_columns = inputs.result_BX[: len(rows)], inputs.shape.num_columns
         else:
-            result, num_columns = choice.verify().tolist(), choice.num_columns
-        watch.mark()
+            result_BX, num_columns = choice.verify(), choice.num_columns
+        watch.mark()  # before the read, which waits for it
+        result = result_BX.tolist()
         outcomes = []
         for row, (accepted, *rest) in zip(rows, result, strict=True):
             self.tables.commit(row.index, accepted + 1)
@@ -187,7 +190,7 @@ class EngineBackend:
         self._make_writable(row.index, start, stop)
         num_pages = bucket(max(self.pool.num_pages_of(stop), MIN_TABLE_PAGES))
         shape = Shape(1, stop - start, num_pages)
-        inputs = Inputs(shape, spare_page=self._spare_page, device=self.device)
+        inputs = Inputs(shape, spare_page=self._spare_page, like_VD=self.weights.embedding_VD)
         inputs.write([row.tokens[start]], [start], [0], [self.tables.pages(row.index)[:num_pages]])
         inputs.ids_BW.copy_(torch.tensor([row.tokens[start:stop]]))
         hidden_RD = self.passes.run("ar", inputs)
@@ -203,7 +206,7 @@ class EngineBackend:
         num_pages = bucket(max(self.pool.num_pages_of(num_slots), MIN_TABLE_PAGES))
         shape = Shape(bucket(len(rows)), num_columns, num_pages)
         if (inputs := self._inputs.get(shape)) is None:
-            inputs = self._inputs[shape] = Inputs(shape, spare_page=self._spare_page, device=self.device)
+            inputs = self._inputs[shape] = Inputs(shape, spare_page=self._spare_page, like_VD=self.weights.embedding_VD)
         inputs.write(
             [row.tokens[-1] for row in rows],
             [row.num_cached for row in rows],
@@ -242,32 +245,31 @@ class _Choice:
     The same passes: what they compute does not depend on who looks at it.
     """
 
-    def __init__(self, rows: list[Row], inputs: Inputs, passes: Passes):
+    def __init__(self, rows: list[Row], inputs: Inputs, passes: Passes, graphs: Graphs):
         self.num_columns = max(row.width for row in rows) + 1
-        self._inputs, self._passes = inputs, passes
+        self._inputs, self._passes, self._graphs = inputs, passes, graphs
         device, num_tokens = inputs.ids_BW.device, len(passes.weights.head_VD)
         self._chooser = Chooser(rows, self.num_columns, num_tokens, device)
-        self._real = (slice(len(rows)), slice(self.num_columns))
+        self._ids_BW = inputs.ids_BW[: len(rows), : self.num_columns]
+        self._widths_B = inputs.widths_B[: len(rows)]
         self._logits_BWV: Tensor | None = None
 
     def draft(self) -> None:
-        self._passes.start_draft(self._inputs)
-        hidden_BJD = self._run("diffusion")[:, :-1]
-        drafts_BJ = self._chooser.draft(self._passes.logits(hidden_BJD))
-        self._inputs.ids_BW[self._real][:, 1:] = drafts_BJ
+        self._graphs.run(self._passes.hold_draft, self._inputs)
+        self._ids_BW[:, 1:] = self._chooser.draft(self._passes.logits(self._hidden_BWD()[:, :-1]))
 
     def verify(self) -> Tensor:
         """Accepted drafts, committed tokens and drafts of each row. [B, 2 W]."""
-        self._inputs.ids_BW[:, 0] = self._inputs.anchors_B
-        self._logits_BWV = self._passes.logits(self._run("ar"))
-        drafts_BJ = self._inputs.ids_BW[self._real][:, 1:]
-        widths_B = self._inputs.widths_B[: len(drafts_BJ)]
-        num_accepted_B, committed_BW = self._chooser.verify(self._logits_BWV, drafts_BJ, widths_B)
+        self._graphs.run(self._passes.hold_verify, self._inputs)
+        self._logits_BWV = self._passes.logits(self._hidden_BWD())
+        drafts_BJ = self._ids_BW[:, 1:]
+        num_accepted_B, committed_BW = self._chooser.verify(self._logits_BWV, drafts_BJ, self._widths_B)
         return torch.cat([num_accepted_B[:, None], committed_BW, drafts_BJ], dim=1)
 
     def report(self, outcomes: list[Outcome]) -> None:
         assert self._logits_BWV is not None, "nothing was verified"
         self._chooser.report(outcomes, self._logits_BWV)
 
-    def _run(self, view: View) -> Tensor:
-        return self._passes.run(view, self._inputs).unflatten(0, self._inputs.ids_BW.shape)[self._real]
+    def _hidden_BWD(self) -> Tensor:
+        num_rows, num_columns = self._ids_BW.shape
+        return self._inputs.hidden_RD.unflatten(0, self._inputs.ids_BW.shape)[:num_rows, :num_columns]

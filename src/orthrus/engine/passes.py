@@ -6,7 +6,8 @@ columns behind a row's width write behind its length, into its own last page or 
 masks end at lengths and widths.
 
 `draft` and `verify` are the two halves of a greedy cycle; the second leaves anchors and lengths on the device as the
-next cycle needs them. The host reads one tensor a cycle, and writes only what it knows to have changed.
+next cycle needs them. `hold_draft` and `hold_verify` are the same passes for whoever needs logits. The host reads one
+tensor a cycle, and writes only what it knows to have changed.
 
     B = rows, W = positions of a pass, J = W - 1 drafts, R = B x W, M = pages of a table, D = hidden width, V =
     vocabulary, L = layers, P = pages, S = slots of a page, G = key/value heads, H = head dimension
@@ -41,8 +42,9 @@ class Shape(NamedTuple):
 class Inputs:
     """The static buffers of one shape, and what the host knows to be in them."""
 
-    def __init__(self, shape: Shape, *, spare_page: int, device: torch.device):
+    def __init__(self, shape: Shape, *, spare_page: int, like_VD: Tensor):
         num_rows, num_columns, num_pages = shape
+        device = like_VD.device
         self.shape = shape
         self.spare_page = spare_page
         numbers_3B = torch.zeros(3, num_rows, dtype=torch.int32, device=device)
@@ -53,6 +55,8 @@ class Inputs:
         self.ids_BW = torch.zeros(num_rows, num_columns, dtype=torch.long, device=device)
         self.result_BX = torch.zeros(num_rows, 2 * num_columns, dtype=torch.long, device=device)
         """Accepted drafts, the W committed tokens, the J drafts: what the host reads."""
+        self.hidden_RD = like_VD.new_zeros(num_rows * num_columns, like_VD.shape[1])
+        """The last pass's hidden states, where they were asked for."""
         self._numbers_3B = numbers_3B
         self._known: list[list[int]] | None = None
         self._pages: list[Sequence[int]] = [()] * num_rows
@@ -73,6 +77,11 @@ class Inputs:
                 table = [*own, *[self.spare_page] * (self.shape.num_pages - len(own))]
                 self.tables_BM[b].copy_(torch.tensor(table, dtype=torch.int32))
                 self._pages[b] = own
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where the buffers lie: what a captured graph reads and writes."""
+        buffers = (self.anchors_B, self.tables_BM, self.ids_BW, self.result_BX, self.hidden_RD)
+        return tuple(buffer.data_ptr() for buffer in buffers)
 
     def forget(self) -> None:
         """The device is about to move anchors and lengths on, and nobody knows where to yet."""
@@ -135,23 +144,26 @@ class Passes:
         """Hidden states [..., D] to logits [..., V] in the model's dtype."""
         return self.ops.linear(hidden.flatten(0, -2), self.weights.head_VD).unflatten(0, hidden.shape[:-1])
 
-    def start_draft(self, inputs: Inputs) -> None:
-        """The block that the diffusion view reads: the anchor, then masks."""
-        inputs.ids_BW.fill_(self._mask_token)
-        inputs.ids_BW[:, 0] = inputs.anchors_B
+    # What is captured: functions of `inputs` alone that leave their results in it.
+
+    def hold_draft(self, inputs: Inputs) -> None:
+        """The diffusion view over anchors and masks, into `hidden_RD`; position j of a block predicts j + 1."""
+        inputs.hidden_RD.copy_(self._run_block(inputs))
+
+    def hold_verify(self, inputs: Inputs) -> None:
+        """The AR view over anchors and drafts, into `hidden_RD`."""
+        inputs.hidden_RD.copy_(self._run_text(inputs))
 
     def draft(self, inputs: Inputs) -> None:
-        """Replace the masks of `inputs.ids_BW` by the diffusion view's greedy drafts; position j predicts j + 1."""
-        self.start_draft(inputs)
-        hidden_BJD = self.run("diffusion", inputs).unflatten(0, inputs.ids_BW.shape)[:, :-1]
+        """The diffusion view's greedy drafts, into `ids_BW` behind the anchors."""
+        hidden_BJD = self._run_block(inputs).unflatten(0, inputs.ids_BW.shape)[:, :-1]
         drafts = self.ops.head_argmax(hidden_BJD.flatten(0, 1), self.weights.head_VD)
         inputs.ids_BW[:, 1:] = drafts.unflatten(0, hidden_BJD.shape[:2])
 
     def verify(self, inputs: Inputs) -> None:
-        """The AR view over anchor and drafts: keep, correct, and move anchors and lengths on. Into `result_BX`."""
-        inputs.ids_BW[:, 0] = inputs.anchors_B
+        """The AR view over anchors and drafts: keep, correct, and move anchors and lengths on. Into `result_BX`."""
+        targets = self.ops.head_argmax(self._run_text(inputs), self.weights.head_VD)
         drafts_BJ = inputs.ids_BW[:, 1:]
-        targets = self.ops.head_argmax(self.run("ar", inputs), self.weights.head_VD)
         num_accepted_B, committed_BW = accept_equal(
             drafts_BJ, targets.unflatten(0, inputs.ids_BW.shape), inputs.widths_B
         )
@@ -160,6 +172,15 @@ class Passes:
         anchors_B = committed_BW.gather(1, num_accepted_B[:, None])[:, 0]
         inputs.anchors_B.copy_(anchors_B * is_row_B)
         inputs.lengths_B.add_((num_accepted_B + 1) * is_row_B)
+
+    def _run_block(self, inputs: Inputs) -> Tensor:
+        inputs.ids_BW.fill_(self._mask_token)
+        inputs.ids_BW[:, 0] = inputs.anchors_B
+        return self.run("diffusion", inputs)
+
+    def _run_text(self, inputs: Inputs) -> Tensor:
+        inputs.ids_BW[:, 0] = inputs.anchors_B
+        return self.run("ar", inputs)
 
     def _layer(
         self,
