@@ -5,6 +5,7 @@ In fp32 on a CPU, where the kernels' slow twins run: texts and drafts are compar
 
 import copy
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ PAGE = 16
 """Small, so that every test crosses the edges of pages."""
 
 
-def engine(variant: str = "qwen3", **options) -> EngineBackend:
+def engine(variant: str = "qwen3", **options: Any) -> EngineBackend:
     """An engine over a copy of the subject, whose own parameters stay as they are."""
     options = {"num_pages": 200, "page_slots": PAGE} | options
     return EngineBackend(copy.deepcopy(subject(variant=variant)), **options)
@@ -163,10 +164,10 @@ def test_a_row_begins_with_what_a_finished_one_cached(num_shared: int):
 
 
 @pytest.mark.parametrize("num_shared", [16, 32, 37])
-def test_shared_pages_are_copied_before_they_are_written(num_shared: int):
+def test_shared_pages_are_copied_before_they_are_written(num_shared: int, monkeypatch: pytest.MonkeyPatch):
     """Two rows over one prompt's pages go on differently, and the pages' first holder does not notice."""
     backend = engine()
-    decoder = Decoder(backend)
+    decoder, prefill = Decoder(backend), backend.prefill
     prompt = random_prompt(38)
     first = decoder.admit(request(prompt, 30))
     texts = {first.row: list(first.token_ids)}
@@ -176,10 +177,9 @@ def test_shared_pages_are_copied_before_they_are_written(num_shared: int):
         other = prompt[:num_shared] + random_prompt(5, seed=seed)
         backend.tables.add(index)
         backend.tables.share(index, backend.tables.pages(first.row)[: -(-num_shared // PAGE)], num_shared)
-        prefill = backend.prefill
-        backend.prefill = lambda row, *, num_kept, f=prefill: f(row, num_kept=num_shared)
-        record = decoder.admit(request(other, 30))
-        backend.prefill = prefill
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "prefill", lambda row, num_kept: prefill(row, num_kept=num_shared))
+            record = decoder.admit(request(other, 30))
         texts[record.row], prompts[record.row] = list(record.token_ids), other
     while decoder.active:
         for record in decoder.step():

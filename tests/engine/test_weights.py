@@ -46,7 +46,8 @@ def test_the_views_rows_are_queries_keys_values_then_gate_up():
     for view, suffix in (("ar", ""), ("diffusion", "_diff")):
         projections = [getattr(attention, f"{name}_proj{suffix}") for name in "qkv"]
         assert torch.equal(layer.views[view].qkv_ED, torch.cat([p.weight for p in projections]))
-        assert torch.equal(layer.views[view].qkv_bias_E, torch.cat([p.bias for p in projections]))
+        bias_E = layer.views[view].qkv_bias_E
+        assert bias_E is not None and torch.equal(bias_E, torch.cat([p.bias for p in projections]))
         assert torch.equal(layer.views[view].out_DA, getattr(attention, f"o_proj{suffix}").weight)
     mlp = model.model.layers[1].mlp
     assert torch.equal(layer.gate_up_2FD, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
