@@ -5,7 +5,7 @@ between plain decoding of a row alone and the same row drafted, in company, by o
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,21 @@ def check_company(
     return num_tokens
 
 
+def check_replay(expected: Sequence[Trace], backend: EngineBackend, prompts: Sequence[list[int]]) -> None:
+    """A text that is prefilled has the bits of the text that was decoded, from nothing or from half of itself."""
+    decoder = Decoder(backend)
+    for prompt, trace in zip(prompts, expected, strict=True):
+        text = prompt + trace.tokens[:-1]
+        row = decoder.admit(request(text, 1)).row
+        assert torch.equal(cached(backend, row), trace.cache), "prefilled again: other keys and values than decoded"
+        half = text[: len(text) // 2]
+        decoder.admit(request([*half, (half[-1] + 1) % 7], 1), reuse_row=row)
+        again = decoder.admit(request(text, 1), reuse_row=row)
+        assert list(again.token_ids) == trace.tokens[-1:]
+        assert torch.equal(cached(backend, row), trace.cache), "reused: other keys and values than decoded"
+        decoder.release(row)
+
+
 def rig(backend: EngineBackend, prompt: list[int], truth: list[int], counts: Sequence[int]) -> Callable[[Inputs], None]:
     """A draft for a batch of one row that is right for counts[i] tokens in cycle i and wrong after them."""
     text, cycles = prompt + truth, iter(counts)
@@ -105,7 +120,8 @@ def check_every_acceptance(backend: EngineBackend, prompt: list[int], expected: 
     """However many drafts each cycle keeps, keys and values have the bits of plain decoding."""
     num_new = 1 + sum(count + 1 for count in counts)
     assert num_new <= len(expected.tokens), "the truth is too short for these counts"
-    backend.passes.draft = rig(backend, prompt, expected.tokens, counts)
+    passes: Any = backend.passes
+    passes.draft = rig(backend, prompt, expected.tokens, counts)
     decoder = Decoder(backend)
     records = [decoder.admit(request(prompt, len(expected.tokens)))]
     records += [decoder.step()[0] for _ in counts]

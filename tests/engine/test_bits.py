@@ -13,18 +13,26 @@ from orthrus.engine.engine import EngineBackend
 from orthrus.engine.graphs import Graphs
 from orthrus.engine.operations import reference_ops
 from tests.decoding.subjects import BLOCK, random_prompt, subject
-from tests.engine.bits import check_company, check_every_acceptance, plain_alone, random_weights, row_by_row_ops
+from tests.engine.bits import (
+    check_company,
+    check_every_acceptance,
+    check_replay,
+    plain_alone,
+    random_weights,
+    row_by_row_ops,
+)
 from tests.engine.test_graphs import Recorder
 
 LENGTHS = (3, 15, 16, 17, 31, 40)
 NUM_NEW = (18, 12, 20, 16, 12, 14)
 
 
-def engine(dtype: torch.dtype = torch.bfloat16, **options: Any) -> EngineBackend:
-    model = copy.deepcopy(subject()).to(dtype)
+def engine(**options: Any) -> EngineBackend:
+    model = copy.deepcopy(subject()).to(torch.bfloat16)
     random_weights(model, 0, std=0.2)
     model.init_view()  # drafts that are often right, so that rows advance by various steps
-    return EngineBackend(model, **({"num_pages": 60, "page_slots": 16, "ops": row_by_row_ops()} | options))
+    settings: dict[str, Any] = {"num_pages": 60, "page_slots": 16, "ops": row_by_row_ops()} | options
+    return EngineBackend(model, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +52,17 @@ def test_a_drafted_row_in_company_has_the_bits_of_the_row_alone(prompts, expecte
 
 
 def test_neither_chunks_nor_page_sizes_nor_graphs_change_a_bit(prompts, expected):
-    for options in ({"prefill_chunk": 5}, {"page_slots": 4, "num_pages": 240}, {"graphs": Graphs(Recorder())}):
+    ways: list[dict[str, Any]] = [
+        {"prefill_chunk": 5},
+        {"page_slots": 4, "num_pages": 240},
+        {"graphs": Graphs(Recorder())},
+    ]
+    for options in ways:
         check_company(expected, engine(**options), prompts, num_rows=6, logits=False)
+
+
+def test_what_is_computed_again_or_reused_has_the_bits_of_decoding(prompts, expected):
+    check_replay(expected, engine(prefill_chunk=32), prompts)
 
 
 def test_no_acceptance_count_changes_a_bit(prompts):

@@ -31,8 +31,8 @@ PAGE = 16
 
 def engine(variant: str = "qwen3", **options: Any) -> EngineBackend:
     """An engine over a copy of the subject, whose own parameters stay as they are."""
-    options = {"num_pages": 200, "page_slots": PAGE} | options
-    return EngineBackend(copy.deepcopy(subject(variant=variant)), **options)
+    settings: dict[str, Any] = {"num_pages": 200, "page_slots": PAGE} | options
+    return EngineBackend(copy.deepcopy(subject(variant=variant)), **settings)
 
 
 class Unwritable(list):

@@ -7,6 +7,7 @@ each comparison takes (40 by default; published claims are made with 1,000).
 import os
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from orthrus.engine.engine import EngineBackend
 from orthrus.engine.graphs import Graphs
 from orthrus.engine.operations import reference_ops
 from orthrus.environment import BUNDLED
-from tests.engine.bits import Trace, check_company, check_every_acceptance, plain_alone, random_weights
+from tests.engine.bits import Trace, check_company, check_every_acceptance, check_replay, plain_alone, random_weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -44,8 +45,9 @@ def wide() -> nn.Module:
     return model
 
 
-def engine(model: nn.Module, **options) -> EngineBackend:
-    return EngineBackend(model, **({"num_pages": 1024} | options))
+def engine(model: nn.Module, **options: Any) -> EngineBackend:
+    settings: dict[str, Any] = {"num_pages": 1024} | options
+    return EngineBackend(model, **settings)
 
 
 @pytest.fixture(scope="module", params=[bundled, wide])
@@ -79,8 +81,19 @@ def test_a_drafted_row_in_company_has_the_bits_of_the_row_alone(
 
 
 def test_graphs_and_chunks_change_no_bit(model: nn.Module, prompts: list[list[int]], expected: list[Trace]) -> None:
-    for options in ({"graphs": Graphs(None)}, {"prefill_chunk": 96}, {"page_slots": 16, "num_pages": 4096}):
+    ways: list[dict[str, Any]] = [
+        {"graphs": Graphs(None)},
+        {"prefill_chunk": 96},
+        {"page_slots": 16, "num_pages": 4096},
+    ]
+    for options in ways:
         check_company(expected, engine(model, **options), prompts, num_rows=8, logits=False)
+
+
+def test_what_is_computed_again_or_reused_has_the_bits_of_decoding(
+    model: nn.Module, prompts: list[list[int]], expected: list[Trace]
+) -> None:
+    check_replay(expected, engine(model), prompts)
 
 
 def test_graphs_are_replayed(model: nn.Module, prompts: list[list[int]], expected: list[Trace]) -> None:

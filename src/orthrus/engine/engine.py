@@ -222,6 +222,7 @@ class EngineBackend:
     def _num_affordable(self, page_slots: int) -> int:
         num_bytes = CPU_BYTES
         if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what joining the weights freed is free
             num_bytes = int(FREE_SHARE * torch.cuda.mem_get_info(self.device)[0])
         return num_bytes // page_bytes(self.model, page_slots)
 
