@@ -25,6 +25,7 @@ class Rig:
         self.tables.add(row)
         pages = self.index.lookup(tokens, limit=len(tokens) - 1)
         self.tables.share(row, pages, len(pages) * PAGE_SLOTS)
+        self.index.stats.count(num_tokens=len(tokens), num_reused=self.tables.length(row))
         self.tables.reserve(row, len(tokens))
         self.tables.commit(row, len(tokens) - self.tables.length(row))
         return row
@@ -47,8 +48,8 @@ def test_the_longest_known_beginning_is_found():
     assert rig.index.lookup([99, *text[1:]], limit=13) == []
     # Equal tokens in a page are not enough: what stands before them decides its keys and values.
     assert rig.index.lookup([*range(50, 54), *text[4:]], limit=13) == []
-    assert rig.index.stats.num_reused == (3 + 2 + 2) * PAGE_SLOTS
-    assert rig.index.stats.num_lookups == 6  # `enter` looked once
+    rig.begin([*text[:9], 99, 98])
+    assert rig.index.stats.hit_rate == 8 / (14 + 11)
 
 
 def test_another_salt_knows_nothing():
@@ -101,16 +102,27 @@ def test_a_page_that_a_row_holds_is_never_given_up():
 
 
 def test_a_page_stays_while_one_behind_it_is_held():
-    """A row that computed a known page again holds its own, and the index the older: the next page hangs on that."""
+    """Two rows computed the same beginning at once; the index keeps the pages of one, the next page is the other's."""
     rig = Rig()
-    rig.enter(list(range(8)))
-    row = rig.begin([*range(8), 9, 9, 9, 9])
-    own = rig.begin(list(range(8)))  # two tokens of its second page are its own
-    rig.index.insert([*range(8), 9, 9, 9, 9], rig.tables.pages(row), limit=12)
-    rig.tables.remove(own)
-    assert rig.index.num_reclaimable == 0
+    text = list(range(12))
+    row, other = rig.begin(text), rig.begin(text[:8])
+    rig.index.insert(text[:8], rig.tables.pages(other), limit=8)
+    rig.index.insert(text, rig.tables.pages(row), limit=12)
+    rig.tables.remove(other)
+    assert len(rig.index) == 3
+    assert rig.index.num_reclaimable == 0, "a page would go before the one behind it, which could not be found any more"
     rig.tables.remove(row)
     assert rig.index.num_reclaimable == 3
+
+
+def test_a_page_computed_again_takes_the_place_of_one_that_nobody_holds():
+    rig = Rig()
+    text = list(range(8))
+    rig.enter(text)
+    row = rig.begin(text)  # its last token is always computed, so its second page is its own
+    rig.index.insert(text, rig.tables.pages(row), limit=8)
+    assert rig.index.lookup(text, limit=8) == rig.tables.pages(row)
+    assert rig.pool.num_free == 18, "the same text is kept twice"
 
 
 WORDS = st.lists(st.sampled_from([[1] * 4, [2] * 4, [3] * 3, [1] * 5]), min_size=1, max_size=6)

@@ -32,18 +32,24 @@ class _Entry:
 class PrefixStats:
     """What reuse saved so far."""
 
-    num_lookups: int = 0
+    num_rows: int = 0
     num_tokens: int = 0
-    """Tokens of the texts that were looked up."""
+    """Tokens of the texts that rows began with."""
     num_reused: int = 0
-    """Tokens among them that were found."""
+    """Tokens among them whose pages were found and shared."""
     num_evicted: int = 0
     """Pages given up because the pool ran out."""
 
     @property
     def hit_rate(self) -> float:
-        """Reused / looked up; 0 before anything was."""
+        """Reused / all tokens; 0 before any row began."""
         return self.num_reused / self.num_tokens if self.num_tokens else 0.0
+
+    def count(self, *, num_tokens: int, num_reused: int) -> None:
+        """Enter a row that begins."""
+        self.num_rows += 1
+        self.num_tokens += num_tokens
+        self.num_reused += num_reused
 
 
 class PrefixIndex:
@@ -79,23 +85,30 @@ class PrefixIndex:
                 break
             found.append(key)
         page_slots = self._pool.page_slots
-        del found[len(found) * page_slots // self.quantum * self.quantum // page_slots :]
+        num_slots = len(found) * page_slots // self.quantum * self.quantum
+        del found[num_slots // page_slots :]
         self._touch(found)
-        self.stats.num_lookups += 1
-        self.stats.num_tokens += len(tokens)
-        self.stats.num_reused += len(found) * page_slots
         return [self._entries[key].page for key in found]
 
     def insert(self, tokens: Sequence[int], pages: Sequence[int], *, limit: int) -> None:
-        """Enter the full pages of a row's first `limit` slots; where a text is known already, its older page stays."""
+        """Enter the full pages of a row's first `limit` slots, which the row must hold.
+
+        Where a text is known already the bits are the same: its older page stays if somebody holds it, else it is
+        given back for the row's, so that what stands before a page in use is in use too and no page is kept twice.
+        """
         keys = list(self._keys(tokens, min(limit, len(tokens))))
         parent = self._root
         for key, page in zip(keys, pages, strict=False):
-            if key not in self._entries:
+            entry = self._entries.get(key)
+            if entry is None:
                 self._pool.retain([page])
                 self._entries[key] = _Entry(page, parent)
                 if parent in self._entries:
                     self._entries[parent].num_children += 1
+            elif self._pool.num_holders(entry.page) == 1:
+                self._pool.retain([page])
+                self._pool.release([entry.page])
+                entry.page = page
             parent = key
         self._touch(keys)
 
