@@ -16,6 +16,8 @@ from orthrus.decoding.portable import PortableBackend
 from orthrus.engine.engine import EngineBackend, bucket
 from orthrus.engine.kv import OutOfPages
 from orthrus.engine.passes import Inputs, Passes
+from orthrus.engine.prefix import PrefixIndex
+from orthrus.engine.scheduler import Scheduler
 from orthrus.environment import BUNDLED
 from orthrus.model.checkpoint import load_tokenizer
 from tests.decoding.checks import check_drafts
@@ -57,7 +59,7 @@ def check_same(backend: EngineBackend, requests: list[Request], *, variant: str 
     assert told(found) == told(expected)
     for row in {record.row for record in found}:
         decoder.release(row)
-    assert backend.pool.num_free == backend.pool.num_pages - 1, "pages leaked (one is the spare)"
+    assert backend.pool.num_free == backend.pool.num_pages, "pages leaked"
     return found
 
 
@@ -164,23 +166,22 @@ def test_a_row_begins_with_what_a_finished_one_cached(num_shared: int):
 
 
 @pytest.mark.parametrize("num_shared", [16, 32, 37])
-def test_shared_pages_are_copied_before_they_are_written(num_shared: int, monkeypatch: pytest.MonkeyPatch):
+def test_shared_pages_are_copied_before_they_are_written(num_shared: int):
     """Two rows over one prompt's pages go on differently, and the pages' first holder does not notice."""
     backend = engine()
-    decoder, prefill = Decoder(backend), backend.prefill
+    decoder = Decoder(backend)
     prompt = random_prompt(38)
     first = decoder.admit(request(prompt, 30))
     texts = {first.row: list(first.token_ids)}
     prompts = {first.row: prompt}
     for seed in (1, 2):
-        index = first.row + seed
         other = prompt[:num_shared] + random_prompt(5, seed=seed)
-        backend.tables.add(index)
-        backend.tables.share(index, backend.tables.pages(first.row)[: -(-num_shared // PAGE)], num_shared)
-        with monkeypatch.context() as patch:
-            patch.setattr(backend, "prefill", lambda row, num_kept: prefill(row, num_kept=num_shared))
-            record = decoder.admit(request(other, 30))
-        texts[record.row], prompts[record.row] = list(record.token_ids), other
+        row = decoder.begin(request(other, 30))
+        backend.tables.add(row)
+        backend.tables.share(row, backend.tables.pages(first.row)[: -(-num_shared // PAGE)], num_shared)
+        record = decoder.prefill(row)
+        assert record is not None
+        texts[row], prompts[row] = list(record.token_ids), other
     while decoder.active:
         for record in decoder.step():
             texts[record.row] += record.token_ids
@@ -211,7 +212,50 @@ def test_rows_come_and_go_and_leave_no_page():
     assert dropped, "the test never released an unfinished row"
     for number, text in written.items():
         assert text == (truth[number][: len(text)] if number in dropped else truth[number])
-    assert backend.pool.num_free == backend.pool.num_pages - 1
+    assert backend.pool.num_free == backend.pool.num_pages
+
+
+@pytest.mark.parametrize("limit", [1, 20, 33])
+def test_a_preempted_row_goes_on_where_it_was(limit: int):
+    backend = engine(prefill_chunk=32)
+    decoder = Decoder(backend)
+    prompts = [random_prompt(40), random_prompt(9, seed=1)]
+    texts = {record.row: list(record.token_ids) for record in (decoder.admit(request(p, 50)) for p in prompts)}
+    num_steps = 0
+    while decoder.active:
+        for record in decoder.step():
+            texts[record.row] += record.token_ids
+        num_steps += 1
+        if num_steps % 5 == 2 and 0 in decoder.active:
+            decoder.preempt(0)
+            assert backend.length(0) == 0 and 0 not in backend.tables
+            while 0 in decoder.waiting:
+                before = backend.length(0)
+                assert decoder.prefill(0, limit=limit) is None
+                assert backend.length(0) - before <= 32 * (1 + (limit - 1) // 32) + 31
+    for row, prompt in enumerate(prompts):
+        assert texts[row] == stock_text(prompt, 50)
+
+
+def test_the_scheduler_over_few_pages_writes_what_each_request_alone_would():
+    """Shared beginnings, preemption and chunks at once, over the engine's pages."""
+    backend = engine(num_pages=10, prefill_chunk=32)
+    prefix = PrefixIndex(backend.pool, quantum=PAGE)
+    scheduler = Scheduler(
+        Decoder(backend), tables=backend.tables, prefix=prefix, max_rows=5, step_tokens=64, reuses_new_tokens=True
+    )
+    system = random_prompt(37)
+    prompts = [system[: 37 - 7 * (i % 3)] + random_prompt(3 + 5 * (i % 4), seed=i) for i in range(12)]
+    ids = [scheduler.submit(request(prompt, 30 + 8 * (i % 6))) for i, prompt in enumerate(prompts)]
+    texts = {id_: [] for id_ in ids}
+    while not scheduler.is_idle:
+        for id_, record in scheduler.step().items():
+            texts[id_] += record.token_ids
+    for i, prompt in enumerate(prompts):
+        assert texts[ids[i]] == stock_text(prompt, 30 + 8 * (i % 6))
+    assert scheduler.num_preemptions > 0 and prefix.stats.num_reused > 0
+    prefix.clear()
+    assert backend.pool.num_free == backend.pool.num_pages
 
 
 @torch.inference_mode()
@@ -225,7 +269,7 @@ def test_what_lies_behind_a_length_is_never_read():
         record = decoder.admit(request(prompt, 30 + i))
         texts[record.row] = list(record.token_ids)
     while decoder.active:
-        is_real = torch.zeros(200, PAGE, dtype=torch.bool)
+        is_real = torch.zeros(201, PAGE, dtype=torch.bool)
         for row in texts:
             for slot in range(backend.length(row)):
                 is_real[backend.tables.pages(row)[slot // PAGE], slot % PAGE] = True
@@ -271,7 +315,7 @@ def test_an_unchanged_batch_is_not_sent_again():
 
 
 def test_too_few_pages_is_an_error_that_changes_nothing():
-    backend = engine(num_pages=5)
+    backend = engine(num_pages=4)
     decoder = Decoder(backend)
     prompt = random_prompt(40)
     first = decoder.admit(request(prompt, 20))
@@ -317,7 +361,7 @@ def test_a_users_mistake_is_a_value_error():
     with pytest.raises(ValueError, match="prefill_chunk"):
         engine(prefill_chunk=0)
     with pytest.raises(ValueError, match="num_pages"):
-        engine(num_pages=1)
+        engine(num_pages=0)
     with pytest.raises(ValueError, match="context is 256"):
         Decoder(engine()).admit(request(random_prompt(200), 57))
     with pytest.raises(ValueError, match="mask_token_id"):

@@ -165,3 +165,19 @@ class Chooser:
         assert batch._q_BJV is not None, "a speculative row was verified without a draft"
         q_11V = batch._q_BJV[b : b + 1, j : j + 1]
         return bool(count_accepted(torch.cat([p_11V, p_11V], dim=1), q_11V, draft_11, one_B, u_11))
+
+
+def first_outcome(row: Row, logits_11V: Tensor) -> Outcome:
+    """The token that follows a prompt, from the AR view's logits there. `ValueError` where they are not numbers."""
+    if bool(torch.isnan(logits_11V).any()):
+        raise ValueError("the model's logits are not numbers (NaN): the checkpoint's weights are broken")
+    device = logits_11V.device
+    chooser = Chooser([row], 1, logits_11V.shape[-1], device)
+    none_B0, widths_B = (
+        torch.empty(1, 0, dtype=torch.long, device=device),
+        torch.zeros(1, dtype=torch.long, device=device),
+    )
+    _, committed_B1 = chooser.verify(logits_11V, none_B0, widths_B)
+    outcome = Outcome(tokens=committed_B1[0].tolist(), drafts=[])
+    chooser.report([outcome], logits_11V)
+    return outcome

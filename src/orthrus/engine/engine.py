@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from orthrus.decoding.chooser import Chooser
+from orthrus.decoding.chooser import Chooser, first_outcome
 from orthrus.decoding.portable import PREFILL_CHUNK, Stopwatch
 from orthrus.decoding.row import Cycle, Outcome, Row
 from orthrus.engine.graphs import Graphs
@@ -71,19 +71,17 @@ class EngineBackend:
         self.max_block_size: int = config.block_size
         self.max_positions: int = config.max_position_embeddings
         self._mask_token: int | None = config.mask_token_id
-        self._prefill_chunk = prefill_chunk
+        self.prefill_chunk = prefill_chunk
         if num_pages is None:
             num_pages = self._num_affordable(page_slots)
-        if num_pages < 2:
-            raise ValueError(f"num_pages must be at least 2 (one is spare), got {num_pages}")
         self.pool = PagePool(num_pages, page_slots)
         self.tables = PageTables(self.pool)
-        self._spare_page = self.pool.allocate(1)[0]
+        self._spare_page = num_pages  # behind the pool's: what padding writes is nobody's
         self.passes = Passes(
             self.weights,
             choose_ops(self.device) if ops is None else ops,
             rotary_tables(model, self.max_positions + self.max_block_size),  # a block's padding may pass the context
-            num_pages=num_pages,
+            num_pages=num_pages + 1,
             page_slots=page_slots,
             mask_token=self._mask_token,
         )
@@ -98,34 +96,31 @@ class EngineBackend:
     # The verbs
 
     @torch.inference_mode()
-    def prefill(self, row: Row, *, num_kept: int = 0) -> Cycle:
+    def prefill(self, row: Row, *, num_kept: int = 0, limit: int | None = None) -> Cycle:
         """Cache the row's tokens from `num_kept` on, in chunks that end at multiples of one size, and choose the next.
 
         A row that has a table already (one that is used again, or begins with another's pages) keeps its first
-        `num_kept` slots.
+        `num_kept` slots. New tokens of a row that was preempted are prefilled as its prompt is: their bits are the same
+        in a pass of any shape. `limit`: see `Backend`.
         """
         watch = Stopwatch(self.device)
         watch.mark()
         self._check(row)
         if row.index not in self.tables:
             self.tables.add(row.index)
-        self.tables.truncate(row.index, num_kept)
-        hidden_RD = torch.empty(0)
-        start, end = num_kept, len(row.tokens)
-        while start < end:
-            stop = min((start // self._prefill_chunk + 1) * self._prefill_chunk, end)
-            hidden_RD = self._prefill_pass(row, start, stop)
-            start = stop
-        logits_11V = self.passes.logits(hidden_RD[None, -1:])
-        if bool(torch.isnan(logits_11V).any()):
-            raise ValueError("the model's logits are not numbers (NaN): the checkpoint's weights are broken")
-        none_B0 = torch.empty(1, 0, dtype=torch.long, device=self.device)
-        chooser = Chooser([row], 1, logits_11V.shape[-1], self.device)
-        _, committed = chooser.verify(logits_11V, none_B0, torch.zeros(1, dtype=torch.long, device=self.device))
-        watch.mark()  # before the read, which waits for it
-        outcome = Outcome(tokens=committed[0].tolist(), drafts=[])
-        chooser.report([outcome], logits_11V)
-        return Cycle(outcomes=[outcome], draft_ms=0.0, verify_ms=watch.between(0, 1))
+        if num_kept < self.tables.length(row.index):  # else pages that were reserved for the row stay
+            self.tables.truncate(row.index, num_kept)
+        end = len(row.tokens) - row.is_resumed
+        stop = end if limit is None else min(num_kept + limit, end)
+        hidden_RD = None
+        while (start := self.tables.length(row.index)) < stop:
+            chunk_end = (start // self.prefill_chunk + 1) * self.prefill_chunk
+            hidden_RD = self._prefill_pass(row, start, min(chunk_end, end))
+        outcomes = []
+        if hidden_RD is not None and not row.is_resumed and self.tables.length(row.index) == end:
+            outcomes = [first_outcome(row, self.passes.logits(hidden_RD[None, -1:]))]
+        watch.mark()
+        return Cycle(outcomes=outcomes, draft_ms=0.0, verify_ms=watch.between(0, 1))
 
     @torch.inference_mode()
     def cycle(self, rows: list[Row]) -> Cycle:
@@ -162,8 +157,8 @@ class EngineBackend:
         return Cycle(outcomes=outcomes, draft_ms=draft_ms, verify_ms=watch.between(1, 2))
 
     def release(self, row: int) -> None:
-        """Forget a row and give its pages back."""
-        if row in self.tables:  # a prefill that failed early has none
+        """Forget a row, if it is known, and give its pages back."""
+        if row in self.tables:
             self.tables.remove(row)
 
     def truncate(self, row: int, length: int) -> None:
@@ -171,8 +166,8 @@ class EngineBackend:
         self.tables.truncate(row, length)
 
     def length(self, row: int) -> int:
-        """Cached tokens of a row."""
-        return self.tables.length(row)
+        """Cached tokens of a row, 0 where it is not known."""
+        return self.tables.length(row) if row in self.tables else 0
 
     # Batches
 
