@@ -65,10 +65,14 @@ def test_what_is_computed_again_or_reused_has_the_bits_of_decoding(prompts, expe
     check_replay(expected, engine(prefill_chunk=32), prompts)
 
 
-def test_no_acceptance_count_changes_a_bit(prompts):
-    counts = [0, 7, 1, 6, 2, 5, 3, 4, 0]
-    truth = plain_alone(engine(), [prompts[1]], [1 + sum(counts) + len(counts) + BLOCK])[0]
-    check_every_acceptance(engine(), prompts[1], truth, counts)
+@pytest.mark.parametrize(
+    ("page_slots", "num_prompt", "counts"), [(16, 15, [0, 7, 1, 6, 2, 5, 3, 4, 0]), (4, 9, [7, 7, 7])]
+)
+def test_no_acceptance_count_changes_a_bit(page_slots: int, num_prompt: int, counts: list[int]):
+    """The second case keeps whole blocks whose last token is the first of a page."""
+    prompt = random_prompt(num_prompt)
+    truth = plain_alone(engine(), [prompt], [1 + sum(counts) + len(counts) + BLOCK])[0]
+    check_every_acceptance(engine(page_slots=page_slots, num_pages=240), prompt, truth, counts)
 
 
 def test_operations_that_see_the_whole_pass_do_change_bits(prompts, expected):
