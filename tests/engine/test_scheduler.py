@@ -173,6 +173,16 @@ def test_soak():
     assert any(kind == "replay" for kind, _, _ in backend.passes)
 
 
+def test_reuse_within_a_chunk_would_change_bits():
+    """The negative control of `quantum`: where the pass decides the bits, sharing at any page boundary shows."""
+    backend = FakeBackend(60, is_invariant=False)
+    prefix = PrefixIndex(backend.tables.pool, quantum=1)
+    scheduler = Scheduler(Decoder(backend), tables=backend.tables, prefix=prefix)
+    jobs = [Job(request(SYSTEM[:12] + [9] * (1 + 8 * s), 10)) for s in range(2)]
+    run = Run(scheduler, jobs)
+    assert run.texts[1] != fake_alone(jobs[1].request, is_invariant=False)
+
+
 def test_a_long_prompt_does_not_hold_up_rows_in_decoding():
     """Each step is a cycle for every row, and a bounded number of prompt tokens."""
     backend = FakeBackend(200)
@@ -223,6 +233,28 @@ def test_the_youngest_gives_way_and_the_oldest_is_never_touched():
     ends = [record.row for records in run.records.values() for record in records[-1:]]
     assert ends == [0, 1, 2]
     check_pages(backend, None)
+
+
+def test_a_preempted_request_waits_until_it_may_stay():
+    """Room for its tokens alone is not enough while others grow, or each page they take would cost it a prefill."""
+    backend = FakeBackend(24)
+    scheduler = Scheduler(Decoder(backend), tables=backend.tables, step_tokens=100)
+    jobs = [Job(request(random_prompt(4, seed=s), 70, drafting=False)) for s in range(3)]
+    Run(scheduler, jobs).check(jobs, lambda r: fake_alone(r, is_invariant=True))
+    assert 0 < scheduler.num_preemptions <= 5
+
+
+def test_a_busy_batch_does_not_hold_up_prompts():
+    """Where the cycle alone takes more than the budget, one prefill pass is run all the same."""
+    backend = FakeBackend(100)
+    scheduler = Scheduler(Decoder(backend), tables=backend.tables, step_tokens=1)
+    for seed in range(2):
+        scheduler.submit(request(random_prompt(3, seed), 100))
+    scheduler.step()
+    scheduler.step()
+    prompt = scheduler.submit(request(random_prompt(16), 5))
+    scheduler.step()
+    assert prompt in scheduler.step(), "two passes in two steps cache two chunks"
 
 
 def test_a_shared_beginning_is_computed_once():

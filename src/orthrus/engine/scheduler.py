@@ -158,8 +158,11 @@ class Scheduler:
                 continue
             if record is not None:
                 records[row] = record
-            budget -= max(self._decoder.num_cached(row) - num_before, 1)
-            if row not in self._decoder.waiting:
+            num_new = self._decoder.num_cached(row) - num_before
+            is_waiting = row in self._decoder.waiting
+            assert num_new > 0 or not is_waiting, f"request {row}: its prefill does not go on"
+            budget -= max(num_new, 1)
+            if not is_waiting:
                 self._enter_pages(row)
             if record is not None:
                 self._end_if_finished(record)
