@@ -111,7 +111,7 @@ def rig(backend: EngineBackend, prompt: list[int], truth: list[int], counts: Seq
         num_right, position = next(cycles), int(inputs.lengths_B[0]) + 1
         for j in range(inputs.shape.num_columns - 1):
             true = text[position + j] if position + j < len(text) else 0
-            inputs.ids_BW[0, 1 + j] = true if j < num_right else (true + 1 + j) % 7
+            inputs.ids_BW[0, 1 + j] = true if j < num_right else (true + 1) % 7
 
     return draft
 
