@@ -68,9 +68,9 @@ def test_turn_that_does_not_fit_is_an_error_and_not_the_end(chat_model: Path):
 def test_second_turn_prefills_only_its_new_tokens(chat_model: Path, monkeypatch: pytest.MonkeyPatch):
     prefilled, prefill = [], PortableBackend.prefill
 
-    def spy(self: PortableBackend, row: Row, *, num_kept: int = 0) -> Cycle:
+    def spy(self: PortableBackend, row: Row, *, num_kept: int = 0, limit: int | None = None) -> Cycle:
         prefilled.append((len(row.tokens), len(row.tokens) - num_kept))
-        return prefill(self, row, num_kept=num_kept)
+        return prefill(self, row, num_kept=num_kept, limit=limit)
 
     monkeypatch.setattr(PortableBackend, "prefill", spy)
     talk = conversation(chat_model)

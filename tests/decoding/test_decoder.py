@@ -99,6 +99,60 @@ def test_prefill_chunks_and_growth_change_nothing(chunk: int):
     assert backend.cache.num_slots >= 229
 
 
+def test_a_prompt_is_prefilled_in_parts_while_others_are_decoded():
+    """Passes have fixed boundaries whatever the limits are, and a row that is not prefilled takes part in no cycle."""
+    prompts = [random_prompt(length, seed=length) for length in (5, 43)]
+    backend = PortableBackend(subject(), prefill_chunk=8)
+    decoder = Decoder(backend)
+    first, second = (decoder.begin(request(prompt, 20)) for prompt in prompts)
+    assert decoder.waiting == {first, second} and not decoder.active and decoder.step() == []
+    record = decoder.prefill(first)
+    assert record is not None and decoder.active == {first}
+    texts = {first: list(record.token_ids), second: []}
+    chunks, run = [], backend._run
+    backend._run = lambda ids_BT, reach, view: (
+        chunks.append((reach.lengths, ids_BT.shape[1])) or run(ids_BT, reach, view)
+    )
+    passes = []
+    for limit in (1, 8, 9, 3, 100):
+        chunks.clear()
+        record = decoder.prefill(second, limit=limit)
+        passes += chunks
+        assert (record is None) == (limit < 100)
+        if record is not None:
+            texts[second] += record.token_ids
+        else:
+            (cycle,) = decoder.step()
+            texts[first] += cycle.token_ids
+    assert passes == [([start], min(8, 43 - start)) for start in range(0, 43, 8)]
+    while decoder.active:
+        for cycle in decoder.step():
+            texts[cycle.row] += cycle.token_ids
+    assert list(texts.values()) == [stock_text(prompt, 20) for prompt in prompts]
+    assert decoder.stats(second).num_prefills == 1 and decoder.stats(second).prefill_ms > 0
+
+
+@pytest.mark.parametrize("fields", SAMPLED)
+def test_a_preempted_row_writes_the_same_text(fields: dict):
+    r = request(random_prompt(19), 30, **{**fields, "seed": fields.get("seed", 3)})
+    expected = decode(subject(), r)
+    decoder = Decoder(PortableBackend(subject(), prefill_chunk=8))
+    row = decoder.begin(r)
+    decoder.prefill(row, limit=1)
+    decoder.preempt(row)  # in the midst of its prompt
+    assert decoder.num_cached(row) == 0
+    record = decoder.prefill(row)
+    assert record is not None
+    text = list(record.token_ids)
+    while decoder.active:
+        decoder.preempt(row)
+        while decoder.waiting:
+            assert decoder.prefill(row, limit=5) is None
+        text += decoder.step()[0].token_ids
+    assert text == expected
+    assert decoder.stats(row).num_tokens == len(text) and decoder.stats(row).num_prefills == 1
+
+
 def test_a_turn_of_a_chat_prefills_only_its_new_tokens():
     backend = PortableBackend(subject(), prefill_chunk=1)
     decoder = Decoder(backend)

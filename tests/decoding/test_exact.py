@@ -9,6 +9,7 @@ import orthrus.model.packed as packed
 from orthrus.decoding.decoder import Decoder
 from orthrus.decoding.generate import OrthrusForCausalLM
 from orthrus.decoding.portable import PortableBackend
+from orthrus.decoding.row import Row
 from tests.decoding.subjects import RiggedBackend, decode_all, random_prompt, randomise, request
 from tests.families import ONE_EACH, OTHERS, dual_config, randomise_vectors
 
@@ -117,3 +118,39 @@ def test_exact_coupled_sampling_writes_the_same_text():
 def test_exact_is_the_default_in_low_precision_only():
     assert PortableBackend(bf16_subject("sdpa")).exact
     assert not PortableBackend(bf16_subject("sdpa"), exact=False).exact
+
+
+class ReplayOfOtherShape(RiggedBackend):
+    """Replays a preempted row's new tokens one by one instead of in the verify pass's shape."""
+
+    def _replay_pass(self, row: Row, start: int) -> None:
+        ids_11 = torch.tensor([row.tokens[start : start + 1]], device=self.device)
+        self._run(ids_11, self._reach([row], 1, start + 1), "ar")
+        self.cache.commit(row.index, 1)
+
+
+def preempted_logits(backend: PortableBackend, prompt: list[int], steps: int | None) -> torch.Tensor:
+    """The logits of a text whose row is preempted every so many steps. [NUM_NEW, V]."""
+    decoder = Decoder(backend, block_size=BLOCK)
+    records = [decoder.admit(request(prompt, NUM_NEW, logits=True))]
+    while decoder.active:
+        records += decoder.step()
+        if steps and decoder.active and len(records) % steps == 0:
+            decoder.preempt(0)
+            assert 0 not in backend.cache and decoder.waiting == {0}
+            while decoder.waiting:
+                assert decoder.prefill(0, limit=8) is None, "a preempted row's first token was chosen again"
+    return torch.cat([record.logits for record in records if record.logits is not None])
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_preempted_row_goes_on_with_the_same_bits(steps: int):
+    model, prompt = bf16_subject("sdpa"), random_prompt(29)
+    text = decode_all(Decoder(PortableBackend(model), block_size=BLOCK), [request(prompt, NUM_NEW)])[0][0]
+
+    def backend(kind: type[RiggedBackend]) -> RiggedBackend:
+        return kind(model, [prompt + text], lambda row, cycle: cycle % BLOCK, prefill_chunk=16)
+
+    whole = preempted_logits(backend(RiggedBackend), prompt, None)
+    assert torch.equal(preempted_logits(backend(RiggedBackend), prompt, steps), whole)
+    assert not torch.equal(preempted_logits(backend(ReplayOfOtherShape), prompt, steps), whole), "the test sees nothing"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from orthrus.decoding.row import Row
+from orthrus.decoding.row import Outcome, Row
 from orthrus.decoding.sampling import (
     ACCEPT,
     DRAFT,
@@ -86,6 +86,18 @@ class Chooser:
             torch.where(self._is_speculative_B1, speculative[1], equal[1]),
         )
 
+    def report(self, outcomes: Sequence[Outcome], logits_BWV: Tensor) -> None:
+        """Add log-probabilities and logits of the committed tokens to the outcomes of the rows that want them."""
+        for b, (row, outcome) in enumerate(zip(self._rows, outcomes, strict=True)):
+            num_tokens = len(outcome.tokens)
+            if row.wants_logprobs:
+                logprobs_nV = logits_BWV[b, :num_tokens].float().log_softmax(-1)
+                tokens_n1 = torch.tensor(outcome.tokens, device=logits_BWV.device)[:, None]
+                outcome.logprobs = logprobs_nV.gather(1, tokens_n1)[:, 0].tolist()
+            if row.wants_logits and self.scores_BWV is not None:
+                outcome.logits = logits_BWV[b, :num_tokens].float().clone()
+                outcome.scores = self.scores_BWV[b, :num_tokens].float().clone()
+
     def _scores(self, logits_BTV: Tensor) -> Tensor:
         return logits_BTV if self._is_greedy else warp(logits_BTV, self._laws)
 
@@ -153,3 +165,19 @@ class Chooser:
         assert batch._q_BJV is not None, "a speculative row was verified without a draft"
         q_11V = batch._q_BJV[b : b + 1, j : j + 1]
         return bool(count_accepted(torch.cat([p_11V, p_11V], dim=1), q_11V, draft_11, one_B, u_11))
+
+
+def first_outcome(row: Row, logits_11V: Tensor) -> Outcome:
+    """The token that follows a prompt, from the AR view's logits there. `ValueError` where they are not numbers."""
+    if bool(torch.isnan(logits_11V).any()):
+        raise ValueError("the model's logits are not numbers (NaN): the checkpoint's weights are broken")
+    device = logits_11V.device
+    chooser = Chooser([row], 1, logits_11V.shape[-1], device)
+    none_B0, widths_B = (
+        torch.empty(1, 0, dtype=torch.long, device=device),
+        torch.zeros(1, dtype=torch.long, device=device),
+    )
+    _, committed_B1 = chooser.verify(logits_11V, none_B0, widths_B)
+    outcome = Outcome(tokens=committed_B1[0].tolist(), drafts=[])
+    chooser.report([outcome], logits_11V)
+    return outcome

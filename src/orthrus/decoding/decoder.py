@@ -53,7 +53,7 @@ class Record:
     draft_ms: float
     """This row's share of the draft pass's time; shares of a batch add up to the pass."""
     verify_ms: float
-    """This row's share of the verify pass's time (of the prefill's, in the record that `admit` returns)."""
+    """This row's share of the verify pass's time; in the record of a prefill, the time of all its passes."""
     draft_ids: tuple[int, ...]
     """What was proposed, accepted or not."""
     logits: Tensor | None = None
@@ -72,7 +72,13 @@ class _Sequence:
         self.min_length = min_length
         self.stats = DecodingStats(block_size=row.block_size)
         self.is_finished = False
+        self.is_cached = False
+        """Whether all before the anchor is cached, so that the row takes part in cycles."""
         self.scores: tuple[Tensor, ...] | None = () if request.logits else None
+
+    @property
+    def is_active(self) -> bool:
+        return self.is_cached and not self.is_finished
 
     @property
     def num_new(self) -> int:
@@ -105,12 +111,26 @@ class Decoder:
         self._backend = backend
         self._tokenizer = tokenizer
         self._sequences: dict[int, _Sequence] = {}
-        self._num_admitted = 0
+        self._num_begun = 0
 
     @property
     def active(self) -> set[int]:
-        """Rows that are not finished."""
-        return {index for index, sequence in self._sequences.items() if not sequence.is_finished}
+        """Rows that the next step decodes: prefilled and not finished."""
+        return {index for index, sequence in self._sequences.items() if sequence.is_active}
+
+    @property
+    def waiting(self) -> set[int]:
+        """Rows that `prefill` has to bring to their end before they are decoded: begun or preempted."""
+        return {index for index, sequence in self._sequences.items() if not sequence.is_cached}
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Prompt tokens of one prefill pass of the backend."""
+        return self._backend.prefill_chunk
+
+    def num_cached(self, row: int) -> int:
+        """Tokens of the row that the backend's cache holds."""
+        return self._backend.length(row)
 
     def stats(self, row: int) -> DecodingStats:
         """What decoding this row took so far."""
@@ -127,23 +147,34 @@ class Decoder:
         and only the rest is prefilled.
         """
         num_kept = 0 if reuse_row is None else self._shared_prefix(request, reuse_row)
-        index = self._num_admitted if reuse_row is None else reuse_row
-        sequence = self._new_sequence(request, index)
-        sequence.plan(drafting=False)
-        try:
-            cycle = self._backend.prefill(sequence.row, num_kept=num_kept)
-        except BaseException:
-            # A prefill that fails (a processor may raise) leaves no half-admitted row behind.
-            self._sequences.pop(index, None)
-            self._backend.release(index)
-            raise
-        self._num_admitted += reuse_row is None
-        self._sequences[index] = sequence
-        return self._advance(sequence, cycle.outcomes[0], cycle, num_rows=1, is_prefill=True)
+        index = self._begin(request, reuse_row)
+        record = self._prefill(self._sequences[index], num_kept=num_kept, limit=None)
+        assert record is not None, f"row {index}: a prefill without limit chose nothing"
+        return record
+
+    def begin(self, request: Request) -> int:
+        """Take a request in without computing anything; rows are numbered in this order. `prefill` does the work."""
+        return self._begin(request, None)
+
+    def prefill(self, row: int, *, limit: int | None = None) -> Record | None:
+        """Go on with a waiting row from what its cache holds, until `limit` more tokens are cached (whole passes, at
+        least one); a record once its first token is chosen. A preempted row has none to choose; it is active then.
+        """
+        sequence = self._sequences[row]
+        assert not sequence.is_cached, f"row {row} is prefilled already"
+        return self._prefill(sequence, num_kept=self._backend.length(row), limit=limit)
+
+    def preempt(self, row: int) -> None:
+        """Give an unfinished row's cache back. It waits for `prefill`, and then goes on with the text it would have
+        written."""
+        sequence = self._sequences[row]
+        assert not sequence.is_finished, f"row {row} is finished: release it"
+        self._backend.release(row)
+        sequence.is_cached = False
 
     def step(self) -> list[Record]:
-        """One cycle for all unfinished rows; a record for each, in order of admission."""
-        sequences = [sequence for sequence in self._sequences.values() if not sequence.is_finished]
+        """One cycle for all active rows; a record for each, in order of admission."""
+        sequences = [sequence for sequence in self._sequences.values() if sequence.is_active]
         if not sequences:
             return []
         for sequence in sequences:
@@ -175,6 +206,28 @@ class Decoder:
                 yield record
         finally:
             self.release(record.row)
+
+    def _begin(self, request: Request, reuse_row: int | None) -> int:
+        index = self._num_begun if reuse_row is None else reuse_row
+        self._sequences[index] = self._new_sequence(request, index)
+        self._num_begun += reuse_row is None
+        return index
+
+    def _prefill(self, sequence: _Sequence, *, num_kept: int, limit: int | None) -> Record | None:
+        row = sequence.row
+        sequence.plan(drafting=False)
+        try:
+            cycle = self._backend.prefill(row, num_kept=num_kept, limit=limit)
+        except BaseException:
+            # A prefill that fails (a processor may raise) leaves no half-admitted row behind.
+            self.release(row.index)
+            raise
+        sequence.stats.prefill_ms += cycle.verify_ms
+        if cycle.outcomes:
+            sequence.is_cached = True
+            return self._advance(sequence, cycle.outcomes[0], cycle, num_rows=1, is_prefill=True)
+        sequence.is_cached = row.is_resumed and self._backend.length(row.index) == row.num_cached
+        return None
 
     def _new_sequence(self, request: Request, index: int) -> _Sequence:
         prompt = list(request.prompt_ids)
@@ -242,7 +295,8 @@ class Decoder:
         num_accepted = min(outcome.num_accepted, num_kept)
         draft_ms, verify_ms = cycle.draft_ms / num_rows, cycle.verify_ms / num_rows
         if is_prefill:
-            sequence.stats.count_prefill(num_tokens=num_kept, milliseconds=verify_ms)
+            verify_ms = sequence.stats.prefill_ms
+            sequence.stats.count_prefill(num_tokens=num_kept)
         else:
             sequence.stats.count_cycle(
                 num_drafted=row.width,

@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
 
 from orthrus.decoding.cache import SLOT_QUANTUM, Cache
-from orthrus.decoding.chooser import Chooser
+from orthrus.decoding.chooser import Chooser, first_outcome
 from orthrus.decoding.row import Cycle, Outcome, Row
 from orthrus.model.attention import Attend, View, check_untouched, run_layers
 from orthrus.model.masks import draft_mask, verify_mask
@@ -69,7 +69,7 @@ class Reach:
 
 
 class Stopwatch:
-    """Milliseconds between `start` and `stop`, read after the device has caught up: no synchronisation of its own."""
+    """Milliseconds of the device's work between marks; nothing waits until they are read."""
 
     def __init__(self, device: torch.device):
         self._is_cuda = device.type == "cuda"
@@ -85,8 +85,9 @@ class Stopwatch:
             self._marks.append(time.perf_counter())
 
     def between(self, a: int, b: int) -> float:
-        """Milliseconds from mark a to mark b."""
+        """Milliseconds from mark a to mark b, once the device has passed b."""
         if self._is_cuda:
+            self._marks[b].synchronize()
             return self._marks[a].elapsed_time(self._marks[b])
         return (self._marks[b] - self._marks[a]) * 1000
 
@@ -110,7 +111,7 @@ class PortableBackend:
         self.max_block_size: int = config.block_size
         self.max_positions: int = config.max_position_embeddings
         self._mask_token: int | None = config.mask_token_id
-        self._prefill_chunk = prefill_chunk
+        self.prefill_chunk = prefill_chunk
         self._packed: PackedModel | None = None
         # Behind the context `dynamic` angles depend on a pass's last position: a block's are not plain decoding's.
         self._is_bounded: bool = config.rope_parameters.get("rope_type") == "dynamic"
@@ -122,8 +123,8 @@ class PortableBackend:
     # The verbs
 
     @torch.inference_mode()
-    def prefill(self, row: Row, *, num_kept: int = 0) -> Cycle:
-        """Cache the row's tokens from `num_kept` on, in chunks, and choose the token that follows."""
+    def prefill(self, row: Row, *, num_kept: int = 0, limit: int | None = None) -> Cycle:
+        """Cache the row's tokens from `num_kept` on, in chunks, and choose the token that follows (see `Backend`)."""
         watch = Stopwatch(self.device)
         watch.mark()
         check_untouched(self.model)
@@ -137,22 +138,40 @@ class PortableBackend:
             self.cache.add(row.index)
         self.cache.truncate(row.index, num_kept)
         self.cache.reserve(self._padded_slots(row) if self.exact else len(row.tokens) + row.block_size)
-        for start in range(num_kept, len(row.tokens), self._prefill_chunk):
-            chunk = row.tokens[start : start + self._prefill_chunk]
-            ids_1T = torch.tensor([chunk], device=self.device)
-            reach = self._reach([row], len(chunk), start + len(chunk))
-            hidden = self._run(ids_1T, reach, "ar")
-            self.cache.commit(row.index, len(chunk))
-        logits_11V = self._logits(hidden[:, -1:])
-        if bool(torch.isnan(logits_11V).any()):
-            raise ValueError("the model's logits are not numbers (NaN): the checkpoint's weights are broken")
-        none_B0 = torch.empty(1, 0, dtype=torch.long, device=self.device)
-        chooser = Chooser([row], 1, logits_11V.shape[-1], self.device)
-        _, committed = chooser.verify(logits_11V, none_B0, torch.zeros(1, dtype=torch.long, device=self.device))
-        outcome = Outcome(tokens=committed[0].tolist(), drafts=[])
+        num_wanted = len(row.tokens) - row.is_resumed
+        limit = num_wanted if limit is None else limit
+        hidden = None
+        while (start := self.cache.length(row.index)) < min(num_wanted, num_kept + limit):
+            if start < row.num_prompt:
+                hidden = self._prefill_pass(row, start)
+            else:
+                self._replay_pass(row, start)
+        is_done = self.cache.length(row.index) == num_wanted
+        outcomes = (
+            []
+            if hidden is None or row.is_resumed or not is_done
+            else [first_outcome(row, self._logits(hidden[:, -1:]))]
+        )
         watch.mark()
-        self._add_logits([row], [outcome], logits_11V, chooser)
-        return Cycle(outcomes=[outcome], draft_ms=0.0, verify_ms=watch.between(0, 1))
+        return Cycle(outcomes=outcomes, draft_ms=0.0, verify_ms=watch.between(0, 1))
+
+    def _prefill_pass(self, row: Row, start: int) -> Tensor:
+        """The prompt's next chunk, which ends at a multiple of the chunk, whatever was cached before. [1, T, D]."""
+        end = min(row.num_prompt, (start // self.prefill_chunk + 1) * self.prefill_chunk)
+        ids_1T = torch.tensor([row.tokens[start:end]], device=self.device)
+        hidden = self._run(ids_1T, self._reach([row], end - start, end), "ar")
+        self.cache.commit(row.index, end - start)
+        return hidden
+
+    def _replay_pass(self, row: Row, start: int) -> None:
+        """A block of tokens that were committed before the row was preempted, in the shape of a verify pass."""
+        block = row.tokens[start : min(start + row.block_size, row.num_cached)]
+        num_columns, num_slots = len(block), start + len(block)
+        if self.exact:
+            num_columns, num_slots = row.block_size, self._padded_slots(row)
+        ids_1T = torch.tensor([block + [0] * (num_columns - len(block))], device=self.device)
+        self._run(ids_1T, self._reach([row], num_columns, num_slots), "ar")
+        self.cache.commit(row.index, len(block))
 
     @torch.inference_mode()
     def cycle(self, rows: list[Row]) -> Cycle:
@@ -180,13 +199,13 @@ class PortableBackend:
             self.cache.commit(row.index, accepted + 1)
             drafts = rest[num_columns : num_columns + row.width]
             outcomes.append(Outcome(tokens=rest[: accepted + 1], drafts=drafts))
-        self._add_logits(rows, outcomes, logits_BWV, chooser)
+        chooser.report(outcomes, logits_BWV)
         draft_ms = watch.between(0, 1) if num_columns > 1 else 0.0
         return Cycle(outcomes=outcomes, draft_ms=draft_ms, verify_ms=watch.between(1, 2))
 
     @torch.inference_mode()
     def release(self, row: int) -> None:
-        """Forget a row; its strip goes to the next one."""
+        """Forget a row, if it is known; its strip goes to the next one."""
         if row in self.cache:  # a prefill that failed early has none
             self.cache.remove(row)
 
@@ -195,8 +214,8 @@ class PortableBackend:
         self.cache.truncate(row, length)
 
     def length(self, row: int) -> int:
-        """Cached tokens of a row."""
-        return self.cache.length(row)
+        """Cached tokens of a row, 0 where it is not known."""
+        return self.cache.length(row) if row in self.cache else 0
 
     # The passes
 
@@ -267,18 +286,6 @@ class PortableBackend:
             return keys[strips, :, :num_slots], values[strips, :, :num_slots]
 
         return write
-
-    def _add_logits(self, rows: list[Row], outcomes: list[Outcome], logits_BWV: Tensor, chooser: Chooser) -> None:
-        """Log-probabilities and logits of the committed tokens, for the rows that want them."""
-        for b, (row, outcome) in enumerate(zip(rows, outcomes, strict=True)):
-            num_tokens = len(outcome.tokens)
-            if row.wants_logprobs:
-                logprobs_nV = logits_BWV[b, :num_tokens].float().log_softmax(-1)
-                tokens_n1 = torch.tensor(outcome.tokens, device=self.device)[:, None]
-                outcome.logprobs = logprobs_nV.gather(1, tokens_n1)[:, 0].tolist()
-            if row.wants_logits and chooser.scores_BWV is not None:
-                outcome.logits = logits_BWV[b, :num_tokens].float().clone()
-                outcome.scores = chooser.scores_BWV[b, :num_tokens].float().clone()
 
 
 # Attention

@@ -36,6 +36,11 @@ class Row:
         """Tokens before the anchor: the length that the row's cache must have before a cycle."""
         return len(self.tokens) - 1
 
+    @property
+    def is_resumed(self) -> bool:
+        """Whether a prefill finds new tokens: the row was preempted, and its last token is an anchor already."""
+        return len(self.tokens) > self.num_prompt
+
 
 @dataclass(kw_only=True, slots=True)
 class Outcome:
@@ -63,6 +68,7 @@ class Cycle:
     """The outcomes of one cycle, in the order the rows were given in, and the time of its passes."""
 
     outcomes: list[Outcome]
+    """Empty after a prefill that chose nothing."""
     draft_ms: float
     verify_ms: float
 
@@ -72,23 +78,32 @@ class Backend(Protocol):
 
     max_block_size: int
     max_positions: int
+    prefill_chunk: int
+    """Prompt tokens of one prefill pass: passes begin and end at its absolute multiples, however a prompt is cut up."""
 
     @property
     def device(self) -> torch.device:
         """Where the backend's tensors live."""
         ...
 
-    def prefill(self, row: Row, *, num_kept: int = 0) -> Cycle:
-        """Cache the row's tokens (the first `num_kept` are cached already) and choose the one that follows them."""
+    def prefill(self, row: Row, *, num_kept: int = 0, limit: int | None = None) -> Cycle:
+        """Cache the row's tokens (the first `num_kept` are cached already) and choose the one that follows them.
+
+        With a `limit` no pass begins once so many tokens are cached by this call, and where some are left nothing is
+        chosen: the cycle has no outcomes. A row that has new tokens was preempted: its prompt is prefilled by the same
+        passes, its new tokens but the anchor are replayed in passes of the verify pass's shape, so that what is cached
+        has the bits it had, and nothing is chosen.
+        """
+        ...
 
     def cycle(self, rows: list[Row]) -> Cycle:
         """Draft `row.width` tokens for each row, verify, accept, and commit A + 1 positions of each row's cache."""
 
     def release(self, row: int) -> None:
-        """Forget a row."""
+        """Forget a row, if it is known."""
 
     def truncate(self, row: int, length: int) -> None:
         """Forget a row's cached tokens from `length` on."""
 
     def length(self, row: int) -> int:
-        """Cached tokens of a row."""
+        """Cached tokens of a row, 0 where it is not known."""

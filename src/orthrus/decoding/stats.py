@@ -33,16 +33,16 @@ class DecodingStats:
     verify_ms: float = 0.0
     """Time of verify passes and plain steps, shared out likewise."""
     prefill_ms: float = 0.0
+    """Time of all prefill passes, those that replay a preempted row included."""
 
     def __post_init__(self):
         self.acceptance_histogram = self.acceptance_histogram or [0] * self.block_size
         self.drafted_per_position = self.drafted_per_position or [0] * (self.block_size - 1)
 
-    def count_prefill(self, *, num_tokens: int, milliseconds: float) -> None:
-        """Enter a prefill and the first token it gave."""
+    def count_prefill(self, *, num_tokens: int) -> None:
+        """Enter the end of a prefill and the first token it gave; its passes' time is added as they run."""
         self.num_prefills += 1
         self.num_tokens += num_tokens
-        self.prefill_ms += milliseconds
 
     def count_cycle(
         self, *, num_drafted: int, num_accepted: int, num_tokens: int, draft_ms: float, verify_ms: float

@@ -1,0 +1,271 @@
+"""The engine: a backend of the decoding loop over paged keys and values, with passes of a few fixed shapes.
+
+Exactness (DESIGN section 7, L1 and L2). The rule is the strong one of performance.md, clause 5: every operation gives a
+row the bits it would have alone, so no shape decides a bit. A plain step is a pass of one column, a verify pass of up
+to block_size, a prefill of hundreds, in company or alone: a position's keys, values and logits have the same bits in
+each. It follows that they do not depend on what was drafted or accepted, on who shares the batch, on where prefill
+chunks end, or on what a cache kept from earlier; a row that is preempted and computed again is the same row. This
+rests on the kernels. Where their twins run (a CPU), it holds up to rounding: in fp32 the text is the same (L0).
+
+Shapes are rounded up so that there are few (`bucket`): rows and tables to powers of two, columns to powers of two and
+the block size.
+
+    B = rows, W = positions of a pass, J = W - 1 drafts, V = vocabulary, D = hidden width
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from orthrus.decoding.chooser import Chooser, first_outcome
+from orthrus.decoding.portable import PREFILL_CHUNK, Stopwatch
+from orthrus.decoding.row import Cycle, Outcome, Row
+from orthrus.engine.graphs import Graphs
+from orthrus.engine.kv import PagePool, PageTables
+from orthrus.engine.operations import Ops, choose_ops
+from orthrus.engine.passes import Inputs, Passes, Shape
+from orthrus.engine.weights import check_modules, rotary_tables, take_weights
+
+PAGE_SLOTS = 64
+"""Slots of a page: divides the 256 slots that attention splits at."""
+MIN_TABLE_PAGES = 4
+"""The smallest table of a pass: one split of attention."""
+FREE_SHARE = 0.9
+"""The part of a GPU's free memory that pages get unless told; the rest is for what a pass computes."""
+CPU_BYTES = 256 * 2**20
+"""What pages get on a CPU unless told."""
+
+
+def bucket(number: int, *, largest: int | None = None) -> int:
+    """The next power of two, or `largest` where that is less."""
+    assert number >= 1, "nothing has no bucket"
+    rounded = 1 << (number - 1).bit_length()
+    return rounded if largest is None else max(number, min(rounded, largest))
+
+
+class EngineBackend:
+    """Prefill, cycle and release over an `OrthrusLM`, whose parameters become views of the engine's joined weights.
+
+    `num_pages` pages of `page_slots` tokens each are taken at once: by default what 0.9 of a GPU's free memory holds.
+    Raises `ValueError` naming what the engine does not compute; `OutOfPages` when rows need more pages than there are,
+    with every row as it was.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_pages: int | None = None,
+        page_slots: int = PAGE_SLOTS,
+        prefill_chunk: int = PREFILL_CHUNK,
+        ops: Ops | None = None,
+        graphs: Graphs | None = None,
+    ):
+        if prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
+        config = model.config
+        self.model = model
+        self.weights = take_weights(model)
+        self.device: torch.device = self.weights.embedding_VD.device
+        self.max_block_size: int = config.block_size
+        self.max_positions: int = config.max_position_embeddings
+        self._mask_token: int | None = config.mask_token_id
+        self.prefill_chunk = prefill_chunk
+        if num_pages is None:
+            num_pages = self._num_affordable(page_slots)
+        self.pool = PagePool(num_pages, page_slots)
+        self.tables = PageTables(self.pool)
+        self._spare_page = num_pages  # behind the pool's: what padding writes is nobody's
+        self.passes = Passes(
+            self.weights,
+            choose_ops(self.device) if ops is None else ops,
+            rotary_tables(model, self.max_positions + self.max_block_size),  # a block's padding may pass the context
+            num_pages=num_pages + 1,
+            page_slots=page_slots,
+            mask_token=self._mask_token,
+        )
+        self.graphs = Graphs.on(self.device) if graphs is None else graphs
+        self._inputs: dict[Shape, Inputs] = {}
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys and values of one token, all layers."""
+        return page_bytes(self.model, 1)
+
+    # The verbs
+
+    @torch.inference_mode()
+    def prefill(self, row: Row, *, num_kept: int = 0, limit: int | None = None) -> Cycle:
+        """Cache the row's tokens from `num_kept` on, in chunks that end at multiples of one size, and choose the next.
+
+        A row that has a table already (one that is used again, or begins with another's pages) keeps its first
+        `num_kept` slots. New tokens of a row that was preempted are prefilled as its prompt is: their bits are the same
+        in a pass of any shape. `limit`: see `Backend`.
+        """
+        watch = Stopwatch(self.device)
+        watch.mark()
+        self._check(row)
+        if row.index not in self.tables:
+            self.tables.add(row.index)
+        if num_kept < self.tables.length(row.index):  # else pages that were reserved for the row stay
+            self.tables.truncate(row.index, num_kept)
+        end = len(row.tokens) - row.is_resumed
+        stop = end if limit is None else min(num_kept + limit, end)
+        hidden_RD = None
+        while (start := self.tables.length(row.index)) < stop:
+            chunk_end = (start // self.prefill_chunk + 1) * self.prefill_chunk
+            hidden_RD = self._prefill_pass(row, start, min(chunk_end, end))
+        outcomes = []
+        if hidden_RD is not None and not row.is_resumed and self.tables.length(row.index) == end:
+            outcomes = [first_outcome(row, self.passes.logits(hidden_RD[None, -1:]))]
+        watch.mark()
+        return Cycle(outcomes=outcomes, draft_ms=0.0, verify_ms=watch.between(0, 1))
+
+    @torch.inference_mode()
+    def cycle(self, rows: list[Row]) -> Cycle:
+        """One draft pass (unless every width is 0), one verify pass, acceptance, one host read, commit."""
+        watch = Stopwatch(self.device)
+        watch.mark()
+        is_drafting = any(row.width for row in rows)
+        if is_drafting and self._mask_token is None:
+            raise ValueError("the configuration has no mask_token_id: this model cannot draft, decode without drafting")
+        inputs = self._batch(rows)
+        choice = None if all(map(is_plain, rows)) else _Choice(rows, inputs, self.passes, self.graphs)
+        if is_drafting:
+            self.graphs.run(self.passes.draft, inputs) if choice is None else choice.draft()
+        watch.mark()
+        if choice is None:
+            inputs.forget()
+            self.graphs.run(self.passes.verify, inputs)
+            result_BX, num_columns = inputs.result_BX[: len(rows)], inputs.shape.num_columns
+        else:
+            result_BX, num_columns = choice.verify(), choice.num_columns
+        watch.mark()  # before the read, which waits for it
+        result = result_BX.tolist()
+        outcomes = []
+        for row, (accepted, *rest) in zip(rows, result, strict=True):
+            self.tables.commit(row.index, accepted + 1)
+            drafts = rest[num_columns : num_columns + row.width]
+            outcomes.append(Outcome(tokens=rest[: accepted + 1], drafts=drafts))
+        if choice is None:
+            anchors, lengths = [o.tokens[-1] for o in outcomes], [self.tables.length(row.index) for row in rows]
+            inputs.know(anchors, lengths, [row.width for row in rows])
+        else:
+            choice.report(outcomes)
+        draft_ms = watch.between(0, 1) if is_drafting else 0.0
+        return Cycle(outcomes=outcomes, draft_ms=draft_ms, verify_ms=watch.between(1, 2))
+
+    def release(self, row: int) -> None:
+        """Forget a row, if it is known, and give its pages back."""
+        if row in self.tables:
+            self.tables.remove(row)
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget a row's cached tokens from `length` on."""
+        self.tables.truncate(row, length)
+
+    def length(self, row: int) -> int:
+        """Cached tokens of a row, 0 where it is not known."""
+        return self.tables.length(row) if row in self.tables else 0
+
+    # Batches
+
+    def _check(self, row: Row) -> None:
+        check_modules(self.model)
+        self.weights.check_places(self.model)
+        if row.max_tokens > self.max_positions:
+            raise ValueError(
+                f"prompt and max_new_tokens are {row.max_tokens} tokens, the model's context is {self.max_positions}: "
+                "the engine decodes nothing beyond it; ask for fewer, or decode with the portable backend"
+            )
+
+    def _prefill_pass(self, row: Row, start: int, stop: int) -> Tensor:
+        """The AR view over the row's tokens start .. stop - 1, which become part of its cache. [stop - start, D]."""
+        self._make_writable(row.index, start, stop)
+        num_pages = bucket(max(self.pool.num_pages_of(stop), MIN_TABLE_PAGES))
+        shape = Shape(1, stop - start, num_pages)
+        inputs = Inputs(shape, spare_page=self._spare_page, like_VD=self.weights.embedding_VD)
+        inputs.write([row.tokens[start]], [start], [0], [self.tables.pages(row.index)[:num_pages]])
+        inputs.ids_BW.copy_(torch.tensor([row.tokens[start:stop]]))
+        hidden_RD = self.passes.run("ar", inputs)
+        self.tables.commit(row.index, stop - start)
+        return hidden_RD
+
+    def _batch(self, rows: Sequence[Row]) -> Inputs:
+        """The buffers of this batch's shape, with the batch in them and pages for all that it may commit."""
+        num_columns = bucket(max(row.width for row in rows) + 1, largest=self.max_block_size)
+        for row in rows:
+            self._make_writable(row.index, row.num_cached, row.num_cached + row.width + 1)
+        num_slots = max(row.num_cached for row in rows) + num_columns
+        num_pages = bucket(max(self.pool.num_pages_of(num_slots), MIN_TABLE_PAGES))
+        shape = Shape(bucket(len(rows)), num_columns, num_pages)
+        if (inputs := self._inputs.get(shape)) is None:
+            inputs = self._inputs[shape] = Inputs(shape, spare_page=self._spare_page, like_VD=self.weights.embedding_VD)
+        inputs.write(
+            [row.tokens[-1] for row in rows],
+            [row.num_cached for row in rows],
+            [row.width for row in rows],
+            [self.tables.pages(row.index)[:num_pages] for row in rows],
+        )
+        return inputs
+
+    def _make_writable(self, row: int, start: int, end: int) -> None:
+        self.tables.reserve(row, end)
+        self.passes.copy_pages(self.tables.writable(row, start, end))
+
+    def _num_affordable(self, page_slots: int) -> int:
+        num_bytes = CPU_BYTES
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what joining the weights freed is free
+            num_bytes = int(FREE_SHARE * torch.cuda.mem_get_info(self.device)[0])
+        return num_bytes // page_bytes(self.model, page_slots)
+
+
+def page_bytes(model: nn.Module, page_slots: int) -> int:
+    """Bytes of a page of this many slots: keys and values of all layers, as many as the base model's own cache has."""
+    config = model.config
+    num_numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return num_numbers * page_slots * model.dtype.itemsize
+
+
+def is_plain(row: Row) -> bool:
+    """Whether a row is decided by argmax alone, so that logits need not be kept."""
+    has_wishes = row.processor is not None or row.wants_logprobs or row.wants_logits
+    return row.sampling.effective_rule == "greedy" and not has_wishes
+
+
+class _Choice:
+    """The passes of a cycle with a `Chooser` between them, for batches that argmax alone does not decide.
+
+    The same passes: what they compute does not depend on who looks at it.
+    """
+
+    def __init__(self, rows: list[Row], inputs: Inputs, passes: Passes, graphs: Graphs):
+        self.num_columns = max(row.width for row in rows) + 1
+        self._inputs, self._passes, self._graphs = inputs, passes, graphs
+        device, num_tokens = inputs.ids_BW.device, len(passes.weights.head_VD)
+        self._chooser = Chooser(rows, self.num_columns, num_tokens, device)
+        self._ids_BW = inputs.ids_BW[: len(rows), : self.num_columns]
+        self._widths_B = inputs.widths_B[: len(rows)]
+        self._logits_BWV: Tensor | None = None
+
+    def draft(self) -> None:
+        self._graphs.run(self._passes.hold_draft, self._inputs)
+        self._ids_BW[:, 1:] = self._chooser.draft(self._passes.logits(self._hidden_BWD()[:, :-1]))
+
+    def verify(self) -> Tensor:
+        """Accepted drafts, committed tokens and drafts of each row. [B, 2 W]."""
+        self._graphs.run(self._passes.hold_verify, self._inputs)
+        self._logits_BWV = self._passes.logits(self._hidden_BWD())
+        drafts_BJ = self._ids_BW[:, 1:]
+        num_accepted_B, committed_BW = self._chooser.verify(self._logits_BWV, drafts_BJ, self._widths_B)
+        return torch.cat([num_accepted_B[:, None], committed_BW, drafts_BJ], dim=1)
+
+    def report(self, outcomes: list[Outcome]) -> None:
+        assert self._logits_BWV is not None, "nothing was verified"
+        self._chooser.report(outcomes, self._logits_BWV)
+
+    def _hidden_BWD(self) -> Tensor:
+        num_rows, num_columns = self._ids_BW.shape
+        return self._inputs.hidden_RD.unflatten(0, self._inputs.ids_BW.shape)[:num_rows, :num_columns]

@@ -1,0 +1,204 @@
+"""The passes of a cycle, as functions of fixed shapes over static buffers: no host reads, nothing sized by a value.
+
+`Inputs` are the buffers of one shape: B rows, W positions of each, tables of M pages. Rows and columns that a batch
+does not fill are padding. A padding row has length 0 and the spare page alone, where what it writes is nobody's; the
+columns behind a row's width write behind its length, into its own last page or the spare one. Neither is ever seen:
+masks end at lengths and widths.
+
+`draft` and `verify` are the two halves of a greedy cycle; the second leaves anchors and lengths on the device as the
+next cycle needs them. `hold_draft` and `hold_verify` are the same passes for whoever needs logits. The host reads one
+tensor a cycle, and writes only what it knows to have changed.
+
+    B = rows, W = positions of a pass, J = W - 1 drafts, R = B x W, M = pages of a table, D = hidden width, V =
+    vocabulary, L = layers, P = pages, S = slots of a page, G = key/value heads, H = head dimension
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from orthrus.decoding.verify import accept_equal
+from orthrus.engine.operations import Ops
+from orthrus.engine.reference import Pages, Rotary
+from orthrus.engine.weights import LayerWeights, Weights
+from orthrus.model.attention import View
+
+PADDING = -1
+"""The width of a row of `Inputs` that no sequence fills."""
+
+
+class Shape(NamedTuple):
+    """What the computation of a pass is fixed for."""
+
+    num_rows: int
+    num_columns: int
+    num_pages: int
+    """Pages of a row's table: M."""
+
+
+class Inputs:
+    """The static buffers of one shape, and what the host knows to be in them."""
+
+    def __init__(self, shape: Shape, *, spare_page: int, like_VD: Tensor):
+        num_rows, num_columns, num_pages = shape
+        device = like_VD.device
+        self.shape = shape
+        self.spare_page = spare_page
+        numbers_3B = torch.zeros(3, num_rows, dtype=torch.int32, device=device)
+        numbers_3B[2] = PADDING
+        self.anchors_B, self.lengths_B, self.widths_B = numbers_3B
+        """`widths_B` are drafts, `PADDING` where there is no row. All int32."""
+        self.tables_BM = torch.full((num_rows, num_pages), spare_page, dtype=torch.int32, device=device)
+        self.ids_BW = torch.zeros(num_rows, num_columns, dtype=torch.long, device=device)
+        self.result_BX = torch.zeros(num_rows, 2 * num_columns, dtype=torch.long, device=device)
+        """Accepted drafts, the W committed tokens, the J drafts: what the host reads."""
+        self.hidden_RD = like_VD.new_zeros(num_rows * num_columns, like_VD.shape[1])
+        """The last pass's hidden states, where they were asked for."""
+        self._numbers_3B = numbers_3B
+        self._known: list[list[int]] | None = None
+        self._pages: list[Sequence[int]] = [()] * num_rows
+
+    def write(
+        self, anchors: Sequence[int], lengths: Sequence[int], widths: Sequence[int], pages: Sequence[Sequence[int]]
+    ) -> None:
+        """Put a batch in; what is there already is not sent again."""
+        assert len(anchors) <= self.shape.num_rows, f"{len(anchors)} rows do not fit {self.shape}"
+        numbers = self._padded(anchors, lengths, widths)
+        if numbers != self._known:
+            self._numbers_3B.copy_(torch.tensor(numbers, dtype=torch.int32))
+            self._known = numbers
+        padding = [()] * (self.shape.num_rows - len(pages))
+        for b, own in enumerate([*pages, *padding]):
+            if own != self._pages[b]:
+                assert len(own) <= self.shape.num_pages, f"{len(own)} pages do not fit {self.shape}"
+                table = [*own, *[self.spare_page] * (self.shape.num_pages - len(own))]
+                self.tables_BM[b].copy_(torch.tensor(table, dtype=torch.int32))
+                self._pages[b] = own
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where the buffers lie: what a captured graph reads and writes."""
+        buffers = (self.anchors_B, self.tables_BM, self.ids_BW, self.result_BX, self.hidden_RD)
+        return tuple(buffer.data_ptr() for buffer in buffers)
+
+    def forget(self) -> None:
+        """The device is about to move anchors and lengths on, and nobody knows where to yet."""
+        self._known = None
+
+    def know(self, anchors: Sequence[int], lengths: Sequence[int], widths: Sequence[int]) -> None:
+        """Where it moved them."""
+        self._known = self._padded(anchors, lengths, widths)
+
+    def _padded(self, *numbers: Sequence[int]) -> list[list[int]]:
+        num_padding = self.shape.num_rows - len(numbers[0])
+        return [[*row, *[padding] * num_padding] for row, padding in zip(numbers, (0, 0, PADDING), strict=True)]
+
+
+class Passes:
+    """Both views' passes over paged keys and values."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        ops: Ops,
+        rotary: Rotary,
+        *,
+        num_pages: int,
+        page_slots: int,
+        mask_token: int | None,
+    ):
+        self.weights, self.ops, self.rotary = weights, ops, rotary
+        self._mask_token = 0 if mask_token is None else mask_token
+        like = weights.embedding_VD
+        shape = (len(weights.layers), num_pages, page_slots, weights.num_groups, weights.head_dim)
+        # Zeros, not whatever was there: a weight of 0 times a value that is not a number is not 0.
+        self.keys_LPSGH, self.values_LPSGH = like.new_zeros(shape), like.new_zeros(shape)
+
+    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy pages (old, new) in all layers."""
+        if copies:
+            old, new = torch.tensor(copies, device=self.keys_LPSGH.device).T
+            for pool in (self.keys_LPSGH, self.values_LPSGH):
+                pool[:, new] = pool[:, old]
+
+    def run(self, view: View, inputs: Inputs) -> Tensor:
+        """All layers in one view over `inputs.ids_BW`; final hidden states, normed. [R, D].
+
+        The AR view writes the pages of its positions, the diffusion view buffers of its own.
+        """
+        weights, ops = self.weights, self.ops
+        hidden_RD = F.embedding(inputs.ids_BW.flatten(), weights.embedding_VD)
+        own = widths_B = None
+        if view == "diffusion":
+            block = (len(hidden_RD), weights.num_groups, weights.head_dim)
+            own = (hidden_RD.new_empty(block), hidden_RD.new_empty(block))
+            widths_B = (inputs.widths_B + 1).clamp(min=1)  # a row of padding sees its first position
+        for layer, keys, values in zip(weights.layers, self.keys_LPSGH, self.values_LPSGH, strict=True):
+            pages = Pages(keys, values, inputs.tables_BM, inputs.lengths_B)
+            hidden_RD = self._layer(layer, view, hidden_RD, pages, inputs.shape.num_columns, own, widths_B)
+        return ops.rms_norm(hidden_RD, weights.norm_D, weights.eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] to logits [..., V] in the model's dtype."""
+        return self.ops.linear(hidden.flatten(0, -2), self.weights.head_VD).unflatten(0, hidden.shape[:-1])
+
+    # What is captured: functions of `inputs` alone that leave their results in it.
+
+    def hold_draft(self, inputs: Inputs) -> None:
+        """The diffusion view over anchors and masks, into `hidden_RD`; position j of a block predicts j + 1."""
+        inputs.hidden_RD.copy_(self._run_block(inputs))
+
+    def hold_verify(self, inputs: Inputs) -> None:
+        """The AR view over anchors and drafts, into `hidden_RD`."""
+        inputs.hidden_RD.copy_(self._run_text(inputs))
+
+    def draft(self, inputs: Inputs) -> None:
+        """The diffusion view's greedy drafts, into `ids_BW` behind the anchors."""
+        hidden_BJD = self._run_block(inputs).unflatten(0, inputs.ids_BW.shape)[:, :-1]
+        drafts = self.ops.head_argmax(hidden_BJD.flatten(0, 1), self.weights.head_VD)
+        inputs.ids_BW[:, 1:] = drafts.unflatten(0, hidden_BJD.shape[:2])
+
+    def verify(self, inputs: Inputs) -> None:
+        """The AR view over anchors and drafts: keep, correct, and move anchors and lengths on. Into `result_BX`."""
+        targets = self.ops.head_argmax(self._run_text(inputs), self.weights.head_VD)
+        drafts_BJ = inputs.ids_BW[:, 1:]
+        num_accepted_B, committed_BW = accept_equal(
+            drafts_BJ, targets.unflatten(0, inputs.ids_BW.shape), inputs.widths_B
+        )
+        torch.cat([num_accepted_B[:, None], committed_BW, drafts_BJ], dim=1, out=inputs.result_BX)
+        is_row_B = inputs.widths_B != PADDING
+        anchors_B = committed_BW.gather(1, num_accepted_B[:, None])[:, 0]
+        inputs.anchors_B.copy_(anchors_B * is_row_B)
+        inputs.lengths_B.add_((num_accepted_B + 1) * is_row_B)
+
+    def _run_block(self, inputs: Inputs) -> Tensor:
+        inputs.ids_BW.fill_(self._mask_token)
+        inputs.ids_BW[:, 0] = inputs.anchors_B
+        return self.run("diffusion", inputs)
+
+    def _run_text(self, inputs: Inputs) -> Tensor:
+        inputs.ids_BW[:, 0] = inputs.anchors_B
+        return self.run("ar", inputs)
+
+    def _layer(
+        self,
+        layer: LayerWeights,
+        view: View,
+        hidden_RD: Tensor,
+        pages: Pages,
+        width: int,
+        own: tuple[Tensor, Tensor] | None,
+        widths_B: Tensor | None,
+    ) -> Tensor:
+        ops, attention = self.ops, layer.views[view]
+        normed_RD = ops.rms_norm(hidden_RD, layer.input_norm_D, layer.input_eps)
+        qkv_RE = ops.linear(normed_RD, attention.qkv_ED, bias_E=attention.qkv_bias_E)
+        q_RNH = ops.place_heads(
+            qkv_RE, pages, self.rotary, attention.norms, num_heads=self.weights.num_heads, width=width, own=own
+        )
+        mixed_RA = ops.attend(q_RNH, pages, width=width, scale=attention.scale, own=own, widths_B=widths_B)
+        hidden_RD = ops.linear(mixed_RA, attention.out_DA, bias_E=attention.out_bias_D, residual_RE=hidden_RD)
+        gated_RF = ops.swiglu(ops.rms_norm(hidden_RD, layer.post_norm_D, layer.post_eps), layer.gate_up_2FD)
+        return ops.linear(gated_RF, layer.down_DF, residual_RE=hidden_RD)

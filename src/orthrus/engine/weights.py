@@ -1,0 +1,199 @@
+"""A dual-view model's weights as the engine's passes read them: joined where products share an input, never copied.
+
+The joined tensors take the place of the model's own: each of its parameters becomes a view of its rows. So the Hugging
+Face modules and the engine read the same memory, an edit in place (`load_state_dict`) reaches both, and making the
+engine takes one layer's worth of memory for a moment.
+
+    D = hidden width, N = query heads, G = key/value heads, H = head dimension, A = N * H, E = (N + 2 G) * H, F = width
+    of the MLP, V = vocabulary
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from orthrus.engine.reference import HeadNorms, Rotary
+from orthrus.model.attention import View, twin
+from orthrus.model.bases import ROWS
+
+MLPS = tuple(row.mlp for row in ROWS)
+"""The MLPs that `swiglu` and `linear` compute."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionWeights:
+    """One layer's attention in one view."""
+
+    qkv_ED: Tensor
+    qkv_bias_E: Tensor | None
+    norms: HeadNorms | None
+    """None where the base has none."""
+    out_DA: Tensor
+    out_bias_D: Tensor | None
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerWeights:
+    """One layer: its attention in both views, and what they share."""
+
+    views: dict[View, AttentionWeights]
+    input_norm_D: Tensor
+    post_norm_D: Tensor
+    gate_up_2FD: Tensor
+    """The gate's rows first."""
+    down_DF: Tensor
+    input_eps: float
+    post_eps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """A model's weights, and the shapes that passes need."""
+
+    embedding_VD: Tensor
+    layers: tuple[LayerWeights, ...]
+    norm_D: Tensor
+    eps: float
+    head_VD: Tensor
+    """The embedding itself where they are tied."""
+    num_heads: int
+    num_groups: int
+    head_dim: int
+    places: dict[str, int]
+    """Where each of the model's parameters lay when its weights were taken."""
+
+    def check_places(self, model: nn.Module) -> None:
+        """`ValueError` when the model's weights lie elsewhere now, so that the engine would not see them change."""
+        if places_of(model) != self.places:
+            raise ValueError(
+                "the model's weights were moved or replaced after the engine took them (`.to`, an adapter, a new "
+                "parameter): build a new engine"
+            )
+
+
+def take_weights(model: nn.Module) -> Weights:
+    """Join the weights of an `OrthrusLM`, whose parameters become views of the joined ones.
+
+    Raises `ValueError` naming what the engine's passes do not compute; then the model is as it was.
+    """
+    check_supported(model)
+    config, decoder = model.config, model.model
+    layers = tuple(_take_layer(layer) for layer in decoder.layers)
+    return Weights(
+        embedding_VD=decoder.embed_tokens.weight.detach(),
+        layers=layers,
+        norm_D=decoder.norm.weight.detach(),
+        eps=decoder.norm.variance_epsilon,
+        head_VD=model.lm_head.weight.detach(),
+        num_heads=config.num_attention_heads,
+        num_groups=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        places=places_of(model),
+    )
+
+
+def check_supported(model: nn.Module) -> None:
+    """`ValueError` naming the first thing about a model that the engine's passes would leave out."""
+    config = model.config
+    advice = "decode with the portable backend"
+    if (rope_type := config.rope_parameters.get("rope_type", "default")) == "dynamic":
+        raise ValueError(f"rope_type {rope_type!r} is not supported by the engine, whose angles are fixed: {advice}")
+    if config.hidden_act != "silu":
+        raise ValueError(f"hidden_act {config.hidden_act!r} is not supported by the engine, only 'silu': {advice}")
+    if getattr(config, "mlp_bias", False):
+        raise ValueError(f"mlp_bias is not supported by the engine: {advice}")
+    if len(kinds := {(p.device, p.dtype) for p in model.parameters()}) > 1:
+        named = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
+        raise ValueError(f"the engine needs all weights in one dtype on one device, these are {named}: {advice}")
+    check_modules(model)
+
+
+def check_modules(model: nn.Module) -> None:
+    """`ValueError` naming a module that is more than its weights: hooks, adapters, quantised layers, another MLP."""
+    for name, module in model.named_modules():
+        is_plain = not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+        if name.endswith(("_proj", "_proj_diff", "lm_head")):
+            is_plain = is_plain and type(module) is nn.Linear
+        elif name.endswith(".mlp"):
+            is_plain = is_plain and isinstance(module, MLPS)
+        if not is_plain:
+            raise ValueError(
+                f"{name or 'the model'} has a hook, an adapter or a forward of its own, which the engine would not "
+                "run: remove it, or decode with the portable backend"
+            )
+
+
+def places_of(model: nn.Module) -> dict[str, int]:
+    """The address of each parameter."""
+    return {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+
+
+def rotary_tables(model: nn.Module, num_positions: int) -> Rotary:
+    """The angles of positions 0 .. num_positions - 1 by the model's own rotary module, in the model's dtype."""
+    decoder = model.model
+    positions_1T = torch.arange(num_positions, device=model.device)[None]
+    cos_1TH, sin_1TH = decoder.rotary_emb(decoder.embed_tokens.weight[:1], positions_1T)
+    return Rotary(cos_1TH[0].contiguous(), sin_1TH[0].contiguous())
+
+
+@torch.no_grad()
+def join(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Parameters one after the other along their first dimension; each becomes a view of its part.
+
+    What is joined already is taken as it is: several engines share one model's memory.
+    """
+    datas = [parameter.detach() for parameter in parameters]
+    if (joined := _adjacent(datas)) is not None:
+        return joined
+    joined = torch.cat(datas)
+    for parameter, part in zip(parameters, joined.split([len(data) for data in datas]), strict=True):
+        parameter.data = part
+    return joined
+
+
+def _adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Tensors that lie one after the other in one storage, as one; None for others."""
+    first, end = tensors[0], tensors[0].storage_offset()
+    for tensor in tensors:
+        same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and tensor.is_contiguous() and tensor.storage_offset() == end):
+            return None
+        end += tensor.numel()
+    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
+
+
+def _take_layer(layer: nn.Module) -> LayerWeights:
+    mlp = layer.mlp
+    return LayerWeights(
+        views={
+            "ar": _take_attention(layer.self_attn, "ar"),
+            "diffusion": _take_attention(layer.self_attn, "diffusion"),
+        },
+        input_norm_D=layer.input_layernorm.weight.detach(),
+        post_norm_D=layer.post_attention_layernorm.weight.detach(),
+        gate_up_2FD=join([mlp.gate_proj.weight, mlp.up_proj.weight]),
+        down_DF=mlp.down_proj.weight.detach(),
+        input_eps=layer.input_layernorm.variance_epsilon,
+        post_eps=layer.post_attention_layernorm.variance_epsilon,
+    )
+
+
+def _take_attention(attention: nn.Module, view: View) -> AttentionWeights:
+    projections = [twin(attention, name, view) for name in ("q_proj", "k_proj", "v_proj")]
+    out = twin(attention, "o_proj", view)
+    norms = None
+    if (q_norm := twin(attention, "q_norm", view)) is not None:
+        k_norm = twin(attention, "k_norm", view)
+        norms = HeadNorms(q_norm.weight.detach(), k_norm.weight.detach(), q_norm.variance_epsilon)
+    has_bias = projections[0].bias is not None
+    return AttentionWeights(
+        qkv_ED=join([projection.weight for projection in projections]),
+        qkv_bias_E=join([projection.bias for projection in projections]) if has_bias else None,
+        norms=norms,
+        out_DA=out.weight.detach(),
+        out_bias_D=None if out.bias is None else out.bias.detach(),
+        scale=attention.scaling,
+    )

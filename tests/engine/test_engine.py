@@ -1,0 +1,393 @@
+"""The engine as a backend of the one loop: what the portable backend writes, drafts and accepts, over pages.
+
+In fp32 on a CPU, where the kernels' slow twins run: texts and drafts are compared, bits are the GPU's matter.
+"""
+
+import copy
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from orthrus.decoding.decoder import Decoder, Record, Request
+from orthrus.decoding.generate import OrthrusForCausalLM
+from orthrus.decoding.portable import PortableBackend
+from orthrus.engine.engine import EngineBackend, bucket
+from orthrus.engine.kv import OutOfPages
+from orthrus.engine.passes import Inputs, Passes
+from orthrus.engine.prefix import PrefixIndex
+from orthrus.engine.scheduler import Scheduler
+from orthrus.environment import BUNDLED
+from orthrus.model.checkpoint import load_tokenizer
+from tests.decoding.checks import check_drafts
+from tests.decoding.subjects import BLOCK, decode_all, random_prompt, request, stock_text, subject
+from tests.decoding.test_decoder import SAMPLED, Letters
+from tests.families import VARIANTS
+from tests.test_bundled import PROMPTS
+
+SUPPORTED = [name for name in VARIANTS if name not in ("llama-bias", "mistral-dynamic")]
+PAGE = 16
+"""Small, so that every test crosses the edges of pages."""
+
+
+def engine(variant: str = "qwen3", **options: Any) -> EngineBackend:
+    """An engine over a copy of the subject, whose own parameters stay as they are."""
+    settings: dict[str, Any] = {"num_pages": 200, "page_slots": PAGE} | options
+    return EngineBackend(copy.deepcopy(subject(variant=variant)), **settings)
+
+
+class Unwritable(list):
+    """What the host knows of tables; noting that one was sent fails."""
+
+    def __setitem__(self, *args):
+        raise AssertionError("a table was sent again")
+
+
+def told(records: list[Record]) -> list[tuple]:
+    """What a record says of the text and of how it came about."""
+    return [(r.row, r.token_ids, r.draft_ids, r.num_drafted, r.num_accepted, r.finish_reason) for r in records]
+
+
+def check_same(backend: EngineBackend, requests: list[Request], *, variant: str = "qwen3", **options) -> list[Record]:
+    """The engine's records are the portable backend's, and no page is left behind."""
+    portable = PortableBackend(subject(variant=variant))
+    texts, expected = decode_all(Decoder(portable, **options), requests)
+    decoder = Decoder(backend, **options)
+    found_texts, found = decode_all(decoder, requests)
+    assert found_texts == texts, "another text than the portable backend's"
+    assert told(found) == told(expected)
+    for row in {record.row for record in found}:
+        decoder.release(row)
+    assert backend.pool.num_free == backend.pool.num_pages, "pages leaked"
+    return found
+
+
+@pytest.mark.parametrize("variant", SUPPORTED)
+@pytest.mark.parametrize("lengths", [(5,), (3, 40), (1, 17, 70, 16, 15)])
+def test_greedy_rows_are_the_portable_backends(variant: str, lengths: tuple[int, ...]):
+    requests = [request(random_prompt(n, seed=n), 20 + 9 * i) for i, n in enumerate(lengths)]
+    records = check_same(engine(variant), requests, variant=variant)
+    assert any(record.num_drafted for record in records)
+
+
+@pytest.mark.parametrize("block_size", [2, 5, BLOCK])
+def test_drafting_and_plain_rows_share_a_batch(block_size: int):
+    """Columns that a row does not fill are padding: another width, or none, in its neighbours changes nothing."""
+    requests = [request(random_prompt(n, seed=n), 12 + 5 * n, drafting=n != 7) for n in (2, 7, 11)]
+    check_same(engine(), requests, block_size=block_size)
+
+
+def test_drafts_are_the_methods_formula(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tests.decoding.checks.PortableBackend", lambda model: engine())
+    check_drafts(subject(), [random_prompt(length, seed=length) for length in (2, 31, 16)], BLOCK)
+
+
+def test_sampled_rows_of_either_rule_are_the_portable_backends():
+    requests = [request(random_prompt(n, seed=n), 25, **SAMPLED[i]) for i, n in enumerate((3, 17, 1, 9, 70))]
+    check_same(engine(), requests)
+
+
+def test_a_row_of_a_mixed_batch_equals_the_row_alone():
+    prompts = [random_prompt(length, seed=length) for length in (3, 17, 1, 9, 70)]
+    requests = [request(p, 10 + 5 * i, **SAMPLED[i]) for i, p in enumerate(prompts)]
+    together, _ = decode_all(Decoder(engine()), requests)
+    for row, alone in enumerate(requests):
+        assert decode_all(Decoder(engine()), [alone])[0][0] == together[row], (
+            f"row {row} writes another text in company"
+        )
+
+
+def test_processors_logprobs_and_logits_are_the_portable_backends():
+    def forbid_even(ids, scores):
+        scores = scores.clone()
+        scores[:, (ids.shape[1] % 2) :: 2] -= 2.0
+        return scores
+
+    requests = [
+        request(random_prompt(9), 20, logits_processor=forbid_even, logprobs=True),
+        request(random_prompt(20, seed=1), 15, logits_processor=forbid_even, temperature=0.8, seed=3),
+        request(random_prompt(4, seed=2), 25, logprobs=True, logits=True),
+        request(random_prompt(33, seed=3), 25, logits=True, temperature=1.1, top_k=5, seed=1, rule="speculative"),
+    ]
+    _, expected = decode_all(Decoder(PortableBackend(subject())), requests)
+    found = check_same(engine(), requests)
+    for one, other in zip(found, expected, strict=True):
+        for name in ("logprobs", "logits", "scores"):
+            a, b = getattr(one, name), getattr(other, name)
+            assert (a is None) == (b is None), name
+            if a is not None:  # fp32: sums of 32 to 48 products in another order
+                torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("drafting", [True, False])
+def test_stops_cut_text_and_pages(drafting: bool):
+    letters, prompt = Letters(), random_prompt(6)
+    eos = frozenset(stock_text(prompt, 30)[17:19])
+    requests = [
+        request(prompt, 40, stop_strings=("zzz", "abab"), drafting=drafting),
+        request(prompt, 40, eos_token_ids=eos, drafting=drafting),
+        request(prompt, 40, eos_token_ids=eos, min_new_tokens=25, drafting=drafting),
+        request(prompt, 40, stopping_criteria=lambda ids, scores: torch.tensor([ids.shape[1] >= 33])),
+    ]
+    check_same(engine(), requests, tokenizer=letters)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_prefill_chunks_change_nothing_and_end_at_fixed_places(chunk: int):
+    prompt = random_prompt(130)
+    backend = engine(prefill_chunk=chunk)
+    seen = []
+    run = backend.passes.run
+    backend.passes.run = lambda view, inputs: seen.append(inputs.shape.num_columns) or run(view, inputs)
+    decoder = Decoder(backend)
+    first = decoder.admit(request(prompt, 1))
+    assert seen == [chunk] * (130 // chunk) + [130 % chunk] * (130 % chunk > 0)
+    assert list(first.token_ids) == stock_text(prompt, 1)
+    seen.clear()
+    decoder.admit(request(prompt[:100] + prompt, 1), reuse_row=first.row)
+    if chunk == 64:
+        assert seen == [28, 64, 38], "what is reused does not move the places where chunks end"
+
+
+@pytest.mark.parametrize("num_shared", [1, 15, 16, 17, 40])
+def test_a_row_begins_with_what_a_finished_one_cached(num_shared: int):
+    backend = engine()
+    decoder = Decoder(backend)
+    row = decoder.admit(request(random_prompt(38), 12)).row
+    while decoder.active:
+        decoder.step()
+    prompt = decoder.tokens(row)[:num_shared] + random_prompt(9, seed=5)
+    record = decoder.admit(request(prompt, 30), reuse_row=row)
+    text = list(record.token_ids)
+    while decoder.active:
+        text += decoder.step()[0].token_ids
+    assert text == stock_text(prompt, 30)
+
+
+@pytest.mark.parametrize("num_shared", [16, 32, 37])
+def test_shared_pages_are_copied_before_they_are_written(num_shared: int):
+    """Two rows over one prompt's pages go on differently, and the pages' first holder does not notice."""
+    backend = engine()
+    decoder = Decoder(backend)
+    prompt = random_prompt(38)
+    first = decoder.admit(request(prompt, 30))
+    texts = {first.row: list(first.token_ids)}
+    prompts = {first.row: prompt}
+    for seed in (1, 2):
+        other = prompt[:num_shared] + random_prompt(5, seed=seed)
+        row = decoder.begin(request(other, 30))
+        backend.tables.add(row)
+        backend.tables.share(row, backend.tables.pages(first.row)[: -(-num_shared // PAGE)], num_shared)
+        record = decoder.prefill(row)
+        assert record is not None
+        texts[row], prompts[row] = list(record.token_ids), other
+    while decoder.active:
+        for record in decoder.step():
+            texts[record.row] += record.token_ids
+    for row, text in texts.items():
+        assert text == stock_text(prompts[row], 30), f"row {row}: a page was written that another row reads"
+
+
+def test_rows_come_and_go_and_leave_no_page():
+    rng = random.Random(0)
+    prompts = {i: random_prompt(rng.randint(1, 60), seed=i) for i in range(12)}
+    truth = {i: stock_text(p, 20) for i, p in prompts.items()}
+    backend = engine()
+    decoder, waiting = Decoder(backend), list(prompts)
+    number_of, written, dropped = {}, {}, set()
+    while waiting or decoder.active:
+        if waiting and (not decoder.active or rng.random() < 0.5):
+            number = waiting.pop()
+            record = decoder.admit(request(prompts[number], 20))
+            number_of[record.row], written[number] = number, list(record.token_ids)
+        for record in decoder.step():
+            number = number_of[record.row]
+            written[number] += record.token_ids
+            if record.finish_reason is not None:
+                decoder.release(record.row)
+            elif rng.random() < 0.05:
+                dropped.add(number)
+                decoder.release(record.row)
+    assert dropped, "the test never released an unfinished row"
+    for number, text in written.items():
+        assert text == (truth[number][: len(text)] if number in dropped else truth[number])
+    assert backend.pool.num_free == backend.pool.num_pages
+
+
+@pytest.mark.parametrize("limit", [1, 20, 33])
+def test_a_preempted_row_goes_on_where_it_was(limit: int):
+    backend = engine(prefill_chunk=32)
+    decoder = Decoder(backend)
+    prompts = [random_prompt(40), random_prompt(9, seed=1)]
+    texts = {record.row: list(record.token_ids) for record in (decoder.admit(request(p, 50)) for p in prompts)}
+    num_steps = 0
+    while decoder.active:
+        for record in decoder.step():
+            texts[record.row] += record.token_ids
+        num_steps += 1
+        if num_steps % 5 == 2 and 0 in decoder.active:
+            decoder.preempt(0)
+            assert backend.length(0) == 0 and 0 not in backend.tables
+            while 0 in decoder.waiting:
+                before = backend.length(0)
+                assert decoder.prefill(0, limit=limit) is None
+                assert backend.length(0) - before <= 32 * (1 + (limit - 1) // 32) + 31
+    for row, prompt in enumerate(prompts):
+        assert texts[row] == stock_text(prompt, 50)
+
+
+def test_the_scheduler_over_few_pages_writes_what_each_request_alone_would():
+    """Shared beginnings, preemption and chunks at once, over the engine's pages."""
+    backend = engine(num_pages=10, prefill_chunk=32)
+    prefix = PrefixIndex(backend.pool, quantum=PAGE)
+    scheduler = Scheduler(
+        Decoder(backend), tables=backend.tables, prefix=prefix, max_rows=5, step_tokens=64, reuses_new_tokens=True
+    )
+    system = random_prompt(37)
+    prompts = [system[: 37 - 7 * (i % 3)] + random_prompt(3 + 5 * (i % 4), seed=i) for i in range(12)]
+    ids = [scheduler.submit(request(prompt, 30 + 8 * (i % 6))) for i, prompt in enumerate(prompts)]
+    texts = {id_: [] for id_ in ids}
+    while not scheduler.is_idle:
+        for id_, record in scheduler.step().items():
+            texts[id_] += record.token_ids
+    for i, prompt in enumerate(prompts):
+        assert texts[ids[i]] == stock_text(prompt, 30 + 8 * (i % 6))
+    assert scheduler.num_preemptions > 0 and prefix.stats.num_reused > 0
+    prefix.clear()
+    assert backend.pool.num_free == backend.pool.num_pages
+
+
+@torch.inference_mode()
+def test_what_lies_behind_a_length_is_never_read():
+    """Drafts, rejected tokens, padding and free pages leave garbage; make it as bad as finite numbers go."""
+    prompts = [random_prompt(5), random_prompt(23, seed=1), random_prompt(48, seed=2)]
+    backend = engine()
+    decoder = Decoder(backend)
+    texts = {}
+    for i, prompt in enumerate(prompts):
+        record = decoder.admit(request(prompt, 30 + i))
+        texts[record.row] = list(record.token_ids)
+    while decoder.active:
+        is_real = torch.zeros(201, PAGE, dtype=torch.bool)
+        for row in texts:
+            for slot in range(backend.length(row)):
+                is_real[backend.tables.pages(row)[slot // PAGE], slot % PAGE] = True
+        for pool in (backend.passes.keys_LPSGH, backend.passes.values_LPSGH):
+            pool[:, ~is_real] = 1e4
+        for record in decoder.step():
+            texts[record.row] += record.token_ids
+    for i, prompt in enumerate(prompts):
+        assert texts[i] == stock_text(prompt, 30 + i)
+
+
+def test_a_draft_leaves_no_trace_in_the_pages():
+    backend = engine()
+    decoder = Decoder(backend)
+    decoder.admit(request(random_prompt(21), 20))
+    before = backend.passes.keys_LPSGH.clone()
+    draft = backend.passes.draft
+
+    def checked(inputs: Inputs) -> None:
+        draft(inputs)
+        assert torch.equal(backend.passes.keys_LPSGH, before), "the draft pass wrote into pages that others may see"
+
+    backend.passes.draft = checked
+    decoder.step()
+
+
+def test_an_unchanged_batch_is_not_sent_again():
+    """Anchors and lengths move on the device; the host sends pages when a row gets one, and widths at the end."""
+    backend = engine(page_slots=256)
+    decoder = Decoder(backend)
+    for n in (5, 9, 11):
+        decoder.admit(request(random_prompt(n), 60))
+    decoder.step()
+    (inputs,) = backend._inputs.values()
+    numbers = inputs._numbers_3B
+    inputs._numbers_3B = torch.empty(0)  # a copy into it would fail
+    inputs._pages = Unwritable(inputs._pages)
+    decoder.step()
+    for row in range(3):
+        assert int(numbers[0, row]) == decoder.tokens(row)[-1]
+        assert int(numbers[1, row]) == backend.length(row)
+    assert numbers[:, 3].tolist() == [0, 0, -1], "the padding row moved"
+
+
+def test_too_few_pages_is_an_error_that_changes_nothing():
+    backend = engine(num_pages=4)
+    decoder = Decoder(backend)
+    prompt = random_prompt(40)
+    first = decoder.admit(request(prompt, 20))
+    with pytest.raises(OutOfPages, match="pages are wanted"):
+        decoder.admit(request(random_prompt(30), 5))
+    text = list(first.token_ids)
+    while decoder.active:
+        text += decoder.step()[0].token_ids
+    assert text == stock_text(prompt, 20)
+    decoder.release(first.row)
+    assert backend.pool.num_free == 4
+
+
+def test_an_interrupted_cycle_can_be_repeated(monkeypatch: pytest.MonkeyPatch):
+    backend = engine()
+    decoder = Decoder(backend)
+    prompt = random_prompt(9)
+    text = list(decoder.admit(request(prompt, 20)).token_ids)
+    verify = Passes.verify
+
+    def interrupted(self: Passes, inputs: Inputs) -> None:
+        verify(self, inputs)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Passes, "verify", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decoder.step()
+    while decoder.active:
+        text += decoder.step()[0].token_ids
+    assert text == stock_text(prompt, 20), "the device had moved on, and the host did not know"
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"), [("llama-bias", "mlp_bias"), ("mistral-dynamic", "rope_type 'dynamic'")]
+)
+def test_what_the_engine_does_not_compute_is_refused_by_name(variant: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        engine(variant)
+
+
+def test_a_users_mistake_is_a_value_error():
+    with pytest.raises(ValueError, match="prefill_chunk"):
+        engine(prefill_chunk=0)
+    with pytest.raises(ValueError, match="num_pages"):
+        engine(num_pages=0)
+    with pytest.raises(ValueError, match="context is 256"):
+        Decoder(engine()).admit(request(random_prompt(200), 57))
+    with pytest.raises(ValueError, match="mask_token_id"):
+        backend = engine()
+        backend._mask_token = None
+        decode_all(Decoder(backend), [request([1, 2], 4)])
+
+
+def test_broken_weights_are_one_clear_error():
+    backend = engine()
+    with torch.no_grad():
+        backend.model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        Decoder(backend).admit(request([1, 2], 4))
+
+
+def test_buckets_are_powers_of_two_and_the_largest():
+    assert [bucket(n) for n in (1, 2, 3, 5, 64, 65)] == [1, 2, 4, 8, 64, 128]
+    assert [bucket(n, largest=24) for n in (1, 9, 16, 17, 24)] == [1, 16, 16, 24, 24]
+
+
+def test_the_bundled_model_drafts_as_it_does_on_the_portable_backend():
+    model = OrthrusForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(BUNDLED)
+    requests = [request(tokenizer(prompt).input_ids, 24) for prompt in PROMPTS[:3]]
+    texts, expected = decode_all(Decoder(PortableBackend(model), block_size=16), requests)
+    found_texts, found = decode_all(Decoder(EngineBackend(model, num_pages=64), block_size=16), requests)
+    assert found_texts == texts
+    assert [r.num_accepted for r in found] == [r.num_accepted for r in expected]

@@ -1,0 +1,121 @@
+"""Joined weights: one memory for the model and the engine, and nothing computed otherwise than the modules would."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from orthrus.decoding.decoder import Decoder
+from orthrus.decoding.generate import OrthrusForCausalLM
+from orthrus.engine.engine import EngineBackend
+from orthrus.engine.weights import join, rotary_tables, take_weights
+from tests.decoding.subjects import decode_all, random_prompt, request, stock_text, subject
+from tests.families import VARIANTS
+
+
+def storages(model: nn.Module) -> dict[int, int]:
+    """Address and bytes of every piece of memory behind the parameters."""
+    found = (parameter.untyped_storage() for parameter in model.parameters())
+    return {storage.data_ptr(): storage.nbytes() for storage in found}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_model_and_the_engine_share_one_memory(tied: bool):
+    model = copy.deepcopy(subject(tied))
+    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.tensor([random_prompt(9)])
+    before, num_bytes = model(input_ids=ids).logits, sum(storages(model).values())
+    weights = take_weights(model)
+    assert sum(storages(model).values()) == num_bytes, "something was kept twice"
+    addresses = storages(model)
+    taken = [weights.embedding_VD, weights.head_VD, weights.norm_D]
+    for layer in weights.layers:
+        taken += [layer.input_norm_D, layer.post_norm_D, layer.gate_up_2FD, layer.down_DF]
+        for view in layer.views.values():
+            taken += [view.qkv_ED, view.out_DA]
+    assert all(tensor.untyped_storage().data_ptr() in addresses for tensor in taken), "the engine holds a copy"
+    assert (weights.embedding_VD.data_ptr() == weights.head_VD.data_ptr()) == tied
+    assert all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
+    torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=0)
+
+
+def test_the_views_rows_are_queries_keys_values_then_gate_up():
+    model = copy.deepcopy(subject(variant="qwen2"))
+    layer, attention = take_weights(model).layers[1], model.model.layers[1].self_attn
+    for view, suffix in (("ar", ""), ("diffusion", "_diff")):
+        projections = [getattr(attention, f"{name}_proj{suffix}") for name in "qkv"]
+        assert torch.equal(layer.views[view].qkv_ED, torch.cat([p.weight for p in projections]))
+        bias_E = layer.views[view].qkv_bias_E
+        assert bias_E is not None and torch.equal(bias_E, torch.cat([p.bias for p in projections]))
+        assert torch.equal(layer.views[view].out_DA, getattr(attention, f"o_proj{suffix}").weight)
+    mlp = model.model.layers[1].mlp
+    assert torch.equal(layer.gate_up_2FD, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
+
+
+def test_an_edit_in_place_reaches_the_engine():
+    model = copy.deepcopy(subject())
+    decoder = Decoder(EngineBackend(model, num_pages=20))
+    model.load_state_dict(subject(seed=5).state_dict())
+    prompt = random_prompt(7)
+    assert decode_all(decoder, [request(prompt, 15)])[0][0] == stock_text(prompt, 15, seed=5)
+
+
+def test_a_second_engine_takes_no_more_memory():
+    model = copy.deepcopy(subject())
+    first = take_weights(model)
+    before = storages(model)
+    second = take_weights(model)
+    assert storages(model) == before
+    assert first.layers[0].gate_up_2FD.data_ptr() == second.layers[0].gate_up_2FD.data_ptr()
+    parts = [nn.Parameter(torch.randn(n, 3)) for n in (2, 5, 4)]
+    whole = join(parts)
+    assert join(parts).data_ptr() == whole.data_ptr()
+    assert join(parts[::-1]).data_ptr() != whole.data_ptr(), "another order is another tensor"
+
+
+def test_a_model_with_joined_weights_can_be_saved(tmp_path):
+    model = copy.deepcopy(subject())
+    model.config.name_or_path = ""
+    take_weights(model)
+    model.save_pretrained(tmp_path)
+    loaded = OrthrusForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_weights_that_were_moved_are_refused_at_admission():
+    model = copy.deepcopy(subject())
+    decoder = Decoder(EngineBackend(model, num_pages=20))
+    decoder.admit(request(random_prompt(3), 2))
+    model.model.layers[1].mlp.down_proj.weight = nn.Parameter(model.model.layers[1].mlp.down_proj.weight.clone())
+    with pytest.raises(ValueError, match="build a new engine"):
+        decoder.admit(request(random_prompt(3), 2))
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj_diff", "model.layers.1", "model.layers.0.mlp"])
+def test_what_would_not_be_run_is_refused(name: str):
+    model = copy.deepcopy(subject())
+    decoder = Decoder(EngineBackend(model, num_pages=20))
+    hook = model.get_submodule(name).register_forward_hook(lambda module, args, output: output)
+    with pytest.raises(ValueError, match=name):
+        take_weights(model)
+    with pytest.raises(ValueError, match=name):
+        decoder.admit(request(random_prompt(3), 2))
+    hook.remove()
+    decoder.admit(request(random_prompt(3), 2))
+
+
+def test_weights_of_several_dtypes_are_refused():
+    model = copy.deepcopy(subject())
+    model.model.layers[0].mlp.bfloat16()
+    with pytest.raises(ValueError, match="bfloat16 on cpu, torch.float32 on cpu"):
+        take_weights(model)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_angles_are_the_models_own_at_every_position(variant: str):
+    model = subject(variant=variant)
+    rotary = rotary_tables(model, 256)
+    for position in (0, 1, 63, 64, 255):
+        cos, sin = model.model.rotary_emb(torch.zeros(1), torch.tensor([[position]]))
+        assert torch.equal(rotary.cos_TH[position], cos[0, 0]) and torch.equal(rotary.sin_TH[position], sin[0, 0])
