@@ -239,9 +239,9 @@ def test_a_preempted_request_waits_until_it_may_stay():
     """Room for its tokens alone is not enough while others grow, or each page they take would cost it a prefill."""
     backend = FakeBackend(24)
     scheduler = Scheduler(Decoder(backend), tables=backend.tables, step_tokens=100)
-    jobs = [Job(request(random_prompt(4, seed=s), 70, drafting=False)) for s in range(3)]
+    jobs = [Job(request(random_prompt(4, seed=s), 50, drafting=False)) for s in range(5)]
     Run(scheduler, jobs).check(jobs, lambda r: fake_alone(r, is_invariant=True))
-    assert 0 < scheduler.num_preemptions <= 5
+    assert 0 < scheduler.num_preemptions <= 6, "8 where no page is left to spare for each row in decoding"
 
 
 def test_a_busy_batch_does_not_hold_up_prompts():
