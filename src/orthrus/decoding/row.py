@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from orthrus.decoding.sampling import Sampling
+from orthrus.decoding.schedule import Experience
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 """processor(ids [1, n], scores [1, V]) -> scores [1, V]: the scores of the token that follows those ids."""
@@ -72,6 +73,8 @@ class Backend(Protocol):
 
     max_block_size: int
     max_positions: int
+    exact: bool
+    """Whether every AR pass of a row has block_size positions, whatever its width: one shape, hence one row's bits."""
 
     @property
     def device(self) -> torch.device:
@@ -92,3 +95,7 @@ class Backend(Protocol):
 
     def length(self, row: int) -> int:
         """Cached tokens of a row."""
+        ...
+
+    def experience(self, block_size: int) -> Experience:
+        """What this process knows of the model as it is run here (`experience_of`)."""
