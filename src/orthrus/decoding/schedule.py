@@ -146,8 +146,10 @@ class Times:
     """Number of the place's cycle that ran this width last."""
 
     def enter(self, milliseconds: float, cycle: int) -> None:
-        """One more; the first is not kept."""
+        """One more; the first is not kept, and after a long pause only the latest is."""
         self.num_seen += 1
+        if self.recent and cycle - self.last_cycle >= STALE_CYCLES:
+            self.recent = deque([self.recent[-1]], maxlen=NUM_TIMES)
         self.last_cycle = cycle
         if self.num_seen > 1:
             self.recent.append(milliseconds)
@@ -252,7 +254,8 @@ class Schedule:
     def __init__(self, experience: Experience):
         self.experience = experience
         self._current = 0
-        self._is_trial_of_drafting = False
+        self._trial_cost: tuple[float, float] | None = None
+        """While a trial runs: its milliseconds by the table, and the tokens per millisecond that it is weighed against."""
 
     def new_survival(self) -> Survival:
         """For a new row: no evidence of its own."""
@@ -260,7 +263,7 @@ class Schedule:
 
     def choose(self, candidates: Sequence[Candidate], num_slots: int) -> int:
         """Drafts for each row of the next cycle, as far as its room goes; the longest row sees `num_slots` slots."""
-        self._is_trial_of_drafting = False
+        self._trial_cost = None
         if not any(candidate.room for candidate in candidates):
             return 0
         place = place_of(len(candidates), num_slots)
@@ -274,10 +277,9 @@ class Schedule:
             self._current = best
         trial = self._trial(place, costs)
         if trial is not None:
-            loss_ms = costs[trial] - tokens[trial] / speeds[self._current]
-            if loss_ms <= self.experience.credit_ms:
-                self.experience.credit_ms -= max(loss_ms, 0.0)
-                self._is_trial_of_drafting = not self._current
+            speed = speeds[self._current]
+            if costs[trial] - tokens[trial] / speed <= self.experience.credit_ms:
+                self._trial_cost = costs[trial], speed
                 return trial
         # More than one trial is not saved up for: a long calm is no reason for many trials at once.
         saved = self.experience.credit_ms + PROBE_SHARE * costs[self._current]
@@ -289,18 +291,18 @@ class Schedule:
     ) -> None:
         """The cycle of these rows, at these widths, kept so many drafts of each and took `ms` milliseconds."""
         self.experience.table.enter(place_of(len(candidates), num_slots), max(widths), ms)
-        num_clear = 0
+        if self._trial_cost is not None:
+            cost_ms, speed = self._trial_cost
+            # What it lost or won; a trial that won pays for the next, so that a better text is soon seen to be one.
+            self.experience.credit_ms -= cost_ms - (len(candidates) + sum(accepted)) / speed
         for candidate, width, num_accepted in zip(candidates, widths, accepted, strict=True):
             if not width:
                 continue
-            if self._is_trial_of_drafting and num_accepted == width:
+            if self._trial_cost is not None and not self._current and num_accepted == width:
                 # A text where all is kept is not the text of which drafting had been given up.
                 candidate.survival.clear()
-                num_clear += 1
             candidate.survival.enter(width, num_accepted)
             self.experience.pool.enter(width, num_accepted)
-        if 2 * num_clear > len(candidates):
-            self.experience.credit_ms = max(self.experience.credit_ms, ms)  # so the next cycle is a trial too
 
     def _expected_tokens(self, candidates: Sequence[Candidate]) -> dict[int, float]:
         """Of all rows together, at each width."""
