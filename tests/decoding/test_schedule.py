@@ -74,6 +74,7 @@ class World:
         """
         tokens = ms = 0.0
         left: list[int] = []
+        survivals: list[Survival] = []
         target = self.written + num_tokens
         while self.written < target:
             if not any(left):
@@ -143,9 +144,9 @@ def test_regimes_that_switch_cost_nothing_against_plain_decoding(costs: str, per
 
 @pytest.mark.parametrize("costs", COSTS)
 def test_text_that_becomes_predictable_is_drafted_again_within_the_stated_steps(costs: str):
-    """A trial loses at most what it takes longer than a plain step, and PROBE_SHARE of the time pays for it; a tenth more
-    is for what the last one lost beyond its estimate. At a rate of 0.9 a trial keeps all 3 drafts in 0.73 of cases,
-    and one that does pays for the next: the wait is allowed three times."""
+    """A trial loses at most what it takes longer than a plain step, and PROBE_SHARE of the time pays for it; a tenth
+    more is for what the last one lost beyond its estimate. At a rate of 0.9 a trial keeps all 3 drafts in 0.73 of
+    cases, and one that does pays for the next: the wait is allowed three times."""
     plain, narrow = COSTS[costs][0], COSTS[costs][3]
     wait = math.ceil(1.1 * (narrow / plain - 1) / PROBE_SHARE)
     for seed in range(5):
@@ -362,7 +363,7 @@ def test_generate_takes_auto_and_refuses_other_words():
     assert output[0, 6:].tolist() == stock_text(prompt, 30)
     assert sum(stats.as_dict()["width_histogram"]) == stats.num_cycles + stats.num_plain_steps
     with pytest.raises(ValueError, match="'auto', got 'fast'"):
-        model.generate(torch.tensor([prompt]), max_new_tokens=3, block_size="fast")
+        model.generate(torch.tensor([prompt]), max_new_tokens=3, block_size="fast")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="does not fix a speculative text"):
         model.generate(
             torch.tensor([prompt]), max_new_tokens=3, block_size="auto", do_sample=True, seed=1,

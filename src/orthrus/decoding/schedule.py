@@ -21,8 +21,9 @@ from weakref import WeakKeyDictionary
 WIDTHS = (0, 3, 7, 15, 31)
 """Drafts of a cycle that are offered, as far as the block has room for them, and the widest that it has room for."""
 CPU_BLOCK_SIZE = 8
-"""Positions of a cycle on a CPU where a number has to be chosen: there every row of a pass costs. With the bundled model in
-bf16, 8 writes within 4 % of the fastest (4) and leaves room for models that accept more (docs/benchmarks.md)."""
+"""Positions of a cycle on a CPU where a number has to be chosen: there every row of a pass costs. With the bundled
+model in bf16, 8 writes within 4 % of the fastest (4) and leaves room for models that accept more
+(docs/benchmarks.md)."""
 
 MEMORY = 0.93
 """What a row's evidence keeps of its weight from one cycle to the next: it stands for some 14 cycles."""
@@ -30,16 +31,19 @@ POOL_MEMORY = 0.995
 """The same for all rows together: some 200 cycles."""
 PRIOR_RATE = 0.8
 """How often a draft behind kept ones is kept, before anything was seen."""
-PRIOR_CYCLES = 4.0
+PRIOR_CYCLES = 6.0
 """Cycles of evidence that a prior counts as."""
+OLD_EVIDENCE = 0.5
+"""What a row's evidence keeps of its weight when drafting is tried after plain steps."""
 
 NUM_TIMES = 9
 """Times of which the running median is taken."""
 MIN_TIMES = 2
 """Times without which a width counts as not measured, the first left out: it holds compiling, capturing, allocating."""
 MARGIN = 1.05
-"""How much better another width must look to be changed to, for estimates are no closer than that; plain decoding is
-changed to at once."""
+"""How much better another width must look to be changed to, for estimates are no closer than that."""
+STOP_MARGIN = 1.02
+"""The same for changing to plain decoding: in doubt, plain."""
 PROBE_SHARE = 0.01
 """Share of the time that trials of other widths may lose."""
 STALE_CYCLES = 64
@@ -70,21 +74,25 @@ class Survival:
         self._widths = offered_widths(block_size)
         self._edges = sorted({1, *self._widths[1:]})
         self._memory = memory
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget everything."""
         self._kept = [0.0] * len(self._edges)
+        """Drafts of each stretch that were kept, the older ones counting less."""
         self._reached = [0.0] * len(self._edges)
+        """Drafts of each stretch all of whose predecessors were kept."""
+
+    def fade(self, factor: float) -> None:
+        """Let what was seen so far count less."""
+        self._kept = [factor * kept for kept in self._kept]
+        self._reached = [factor * reached for reached in self._reached]
 
     def enter(self, width: int, num_accepted: int) -> None:
         """A cycle asked for `width` drafts and kept the first `num_accepted`."""
+        self.fade(self._memory)
         start = 0
         for i, edge in enumerate(self._edges):
             kept = min(max(num_accepted - start, 0), edge - start)
             is_lost_here = start <= num_accepted < min(edge, width)
-            self._kept[i] = self._memory * self._kept[i] + kept
-            self._reached[i] = self._memory * self._reached[i] + kept + is_lost_here
+            self._kept[i] += kept
+            self._reached[i] += kept + is_lost_here
             start = edge
 
     def rates(self, prior: Sequence[float] | None = None) -> list[float]:
@@ -255,7 +263,7 @@ class Schedule:
         self.experience = experience
         self._current = 0
         self._trial_cost: tuple[float, float] | None = None
-        """While a trial runs: its milliseconds by the table, and the tokens per millisecond that it is weighed against."""
+        """While a trial runs: its milliseconds by the table, and the tokens per millisecond it is weighed against."""
 
     def new_survival(self) -> Survival:
         """For a new row: no evidence of its own."""
@@ -273,7 +281,7 @@ class Schedule:
         tokens = self._expected_tokens(candidates)
         speeds = {width: tokens[width] / costs[width] for width in costs}
         best = max(speeds, key=lambda width: speeds[width])
-        if speeds[best] > (MARGIN if best else 1.0) * speeds[self._current]:
+        if speeds[best] > (MARGIN if best else STOP_MARGIN) * speeds[self._current]:
             self._current = best
         trial = self._trial(place, costs)
         if trial is not None:
@@ -298,9 +306,9 @@ class Schedule:
         for candidate, width, num_accepted in zip(candidates, widths, accepted, strict=True):
             if not width:
                 continue
-            if self._trial_cost is not None and not self._current and num_accepted == width:
-                # A text where all is kept is not the text of which drafting had been given up.
-                candidate.survival.clear()
+            if self._trial_cost is not None and not self._current:
+                # The row's evidence is from before many plain steps; where now all is kept, from another text.
+                candidate.survival.fade(0.0 if num_accepted == width else OLD_EVIDENCE)
             candidate.survival.enter(width, num_accepted)
             self.experience.pool.enter(width, num_accepted)
 
