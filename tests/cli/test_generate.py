@@ -47,6 +47,18 @@ def test_blocks_are_short_on_a_cpu_unless_asked_for(model: Path, monkeypatch: py
     assert generate(model, PROMPT, "--block-size", 8)["block_size"] == 8
 
 
+def test_auto_writes_the_same_text_and_counts_its_widths(model: Path):
+    answer = generate(model, PROMPT, "--block-size", "auto")
+    assert answer["text"] == generate(model, PROMPT, "--no-diffusion")["text"]
+    assert answer["widths"] == "auto" and generate(model, PROMPT)["widths"] == "fixed"
+    stats = answer["stats"]
+    assert sum(stats["width_histogram"]) == stats["num_cycles"] + stats["num_plain_steps"]
+
+
+def test_block_size_is_a_number_or_auto(model: Path):
+    assert "--block-size fast" in refused("generate", PROMPT, "--model", model, "--block-size", "fast")
+
+
 def test_streamed_text_is_the_json_text_and_stdout_holds_nothing_else(model: Path):
     expected = generate(model, PROMPT)["text"]
     result = run("generate", PROMPT, "--model", model, "--dtype", "float32", "--max-new-tokens", 24)

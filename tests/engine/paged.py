@@ -6,6 +6,7 @@ import torch
 
 from orthrus.decoding.portable import PortableBackend
 from orthrus.decoding.row import Cycle, Outcome, Row
+from orthrus.decoding.schedule import Experience, experience_of
 from orthrus.engine.kv import PagePool, PageTables
 
 VOCABULARY = 50
@@ -25,6 +26,7 @@ class FakeBackend:
 
     device = torch.device("cpu")
     max_positions = 10_000
+    exact = False
 
     def __init__(
         self,
@@ -109,6 +111,9 @@ class FakeBackend:
 
     def truncate(self, row: int, length: int) -> None:
         self.tables.truncate(row, length)
+
+    def experience(self, block_size: int) -> Experience:
+        return experience_of(self, block_size)
 
     def length(self, row: int) -> int:
         return self.tables.length(row) if row in self.tables else 0

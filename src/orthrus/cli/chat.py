@@ -32,7 +32,7 @@ def chat(
     top_p: options.TopP = None,
     min_p: options.MinP = None,
     seed: options.Seed = None,
-    block_size: options.BlockSize = None,
+    block_size: options.AutoBlockSize = None,
     stop: options.Stop = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
@@ -49,7 +49,7 @@ def chat(
     checked = Sampling(**sampling)
     session = open_session(
         model=model, revision=revision, base=base, dtype=dtype, device=device, attn=attn, exact=exact,
-        block_size=block_size,
+        block_size=options.block_size_of(block_size),
     )  # fmt: skip
     request = {"sampling": checked, "drafting": not no_diffusion}
     conversation = Conversation(session, request, system=system, max_new_tokens=max_new_tokens, stop=stop or ())

@@ -40,7 +40,7 @@ def generate(
     top_p: options.TopP = None,
     min_p: options.MinP = None,
     seed: options.Seed = None,
-    block_size: options.BlockSize = None,
+    block_size: options.AutoBlockSize = None,
     stop: options.Stop = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
@@ -71,7 +71,7 @@ def generate(
     checked = Sampling(**sampling)
     session = open_session(
         model=model, revision=revision, base=base, dtype=dtype, device=device, attn=attn, exact=exact,
-        block_size=block_size,
+        block_size=options.block_size_of(block_size),
     )  # fmt: skip
     prompt_ids = session.encode_chat([{"role": "user", "content": text}]) if chat else session.encode(text)
     request = {

@@ -1,6 +1,6 @@
 """The options that more than one command takes, and the check that an option which does nothing is refused."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -27,6 +27,14 @@ BlockSize = Annotated[
         metavar="K", help="Positions per cycle, anchor included; the trained number by default, on a CPU at most 8."
     ),
 ]
+AutoBlockSize = Annotated[
+    str | None,
+    typer.Option(
+        "--block-size", metavar="K|auto",
+        help="Positions per cycle, anchor included; the trained number by default, on a CPU at most 8. "
+        "auto: from one up, as each cycle's time and text make worth it.",
+    ),
+]  # fmt: skip
 NoDiffusion = Annotated[bool, typer.Option("--no-diffusion", help="Plain decoding: one token at a time.")]
 Temperature = Annotated[float, typer.Option(metavar="T", help="0 is greedy.")]
 TopK = Annotated[int | None, typer.Option(metavar="N", help="Keep the N likeliest tokens.")]
@@ -42,6 +50,15 @@ def refuse(option: str, reason: str, *, when: bool) -> None:
     """Raise the error of an option that would be accepted and ignored."""
     if when:
         raise ValueError(f"{option} {reason}")
+
+
+def block_size_of(text: str | None) -> int | Literal["auto"] | None:
+    """The value of `AutoBlockSize`."""
+    if text is None or text == "auto":
+        return text
+    if not text.isdecimal():
+        raise ValueError(f"--block-size {text}: give a number of positions, or auto")
+    return int(text)
 
 
 def sampling_fields(

@@ -5,7 +5,7 @@ This module imports torch; commands import it when they run.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -13,14 +13,11 @@ import transformers
 from orthrus.cli.options import check_dtype
 from orthrus.decoding.decoder import Decoder
 from orthrus.decoding.portable import PortableBackend
+from orthrus.decoding.schedule import CPU_BLOCK_SIZE
 from orthrus.decoding.stopping import Stopping, eos_token_ids
 from orthrus.environment import bundled_or, pick_device, versions
 from orthrus.model.checkpoint import load_model, load_tokenizer
 from orthrus.model.packed import is_packed
-
-CPU_BLOCK_SIZE = 8
-"""Positions per cycle on a CPU unless told otherwise: there every row of a pass costs. With the bundled model in bf16,
-8 writes within 4 % of the fastest (4) and leaves room for models that accept more (docs/benchmarks.md)."""
 
 
 @dataclass(kw_only=True)
@@ -71,6 +68,7 @@ class Session:
             "attn_implementation": self.attn,
             "packed": is_packed(self.model),
             "block_size": self.decoder.block_size,
+            "widths": "auto" if self.decoder.is_auto else "fixed",
             "threads": torch.get_num_threads(),
             "versions": versions(),
         }
@@ -85,7 +83,7 @@ def open_session(
     device: str | None,
     attn: str,
     exact: bool | None,
-    block_size: int | None,
+    block_size: int | Literal["auto"] | None,
 ) -> Session:
     """Load a checkpoint as the command line names it."""
     check_dtype(dtype)

@@ -22,7 +22,7 @@ REFUSED_SETTINGS = {
 
 KINDS: dict[str, tuple[type, ...]] = {
     "use_diffusion_mode": (bool,),
-    "block_size": (int, NoneType),
+    "block_size": (int, str, NoneType),
     "seed": (int, NoneType),
     "exact": (bool, NoneType),
     "generator": (torch.Generator, NoneType),

@@ -7,7 +7,7 @@ drafts up to block_size - 1 tokens, keeps A of them and adds one: the correction
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from transformers import MinNewTokensLengthLogitsProcessor
 
 from orthrus.decoding.row import Backend, Cycle, Outcome, Processor, Row
 from orthrus.decoding.sampling import Sampling
+from orthrus.decoding.schedule import Candidate, Schedule, Survival, auto_block_size
 from orthrus.decoding.stats import DecodingStats
 from orthrus.decoding.stopping import Criteria, FinishReason, StopCheck, Stopping
 
@@ -71,6 +72,7 @@ class _Sequence:
         self.stop = stop
         self.min_length = min_length
         self.stats = DecodingStats(block_size=row.block_size)
+        self.survival: Survival | None = None
         self.is_finished = False
         self.is_cached = False
         """Whether all before the anchor is cached, so that the row takes part in cycles."""
@@ -84,11 +86,15 @@ class _Sequence:
     def num_new(self) -> int:
         return len(self.row.tokens) - self.row.num_prompt
 
-    def plan(self, *, drafting: bool) -> None:
-        """Set the next pass's width and processors."""
+    @property
+    def room(self) -> int:
+        """Drafts that the next cycle can use: the token behind them is written too."""
+        return self.request.stopping.max_new_tokens - self.num_new - 1 if self.request.drafting else 0
+
+    def plan(self, *, width: int) -> None:
+        """Set the next pass's width, of which at most `room` is used, and processors."""
         stopping = self.request.stopping
-        room = stopping.max_new_tokens - self.num_new
-        self.row.width = min(self.row.block_size, room) - 1 if drafting else 0
+        self.row.width = min(width, self.room)
         processor = self.request.logits_processor
         if self.min_length is not None and self.num_new < stopping.min_new_tokens:
             processor = self.min_length if processor is None else _chain(processor, self.min_length)
@@ -102,16 +108,33 @@ def _chain(first: Processor, second: Processor) -> Processor:
 class Decoder:
     """Rows in decoding over one backend."""
 
-    def __init__(self, backend: Backend, *, block_size: int | None = None, tokenizer: Any = None):
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        block_size: int | Literal["auto"] | None = None,
+        tokenizer: Any = None,
+    ):
+        """`block_size` is the positions of every cycle, the trained number by default; with "auto" each cycle's width
+        is chosen by what cycles took and kept (`decoding/schedule.py`)."""
         largest = backend.max_block_size
+        self._schedule: Schedule | None = None
+        if block_size == "auto":
+            block_size = auto_block_size(largest, exact=backend.exact, device_type=backend.device.type)
+            self._schedule = Schedule(backend.experience(block_size))
         block_size = largest if block_size is None else block_size
-        if not 2 <= block_size <= largest:
-            raise ValueError(f"block_size must be 2 .. {largest} (the trained size), got {block_size}")
+        if not (isinstance(block_size, int) and 2 <= block_size <= largest):
+            raise ValueError(f"block_size must be 2 .. {largest} (the trained size) or 'auto', got {block_size!r}")
         self.block_size = block_size
         self._backend = backend
         self._tokenizer = tokenizer
         self._sequences: dict[int, _Sequence] = {}
         self._num_begun = 0
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether each cycle's width is chosen."""
+        return self._schedule is not None
 
     @property
     def active(self) -> set[int]:
@@ -182,8 +205,7 @@ class Decoder:
             assert self._backend.length(row.index) == row.num_cached, (
                 f"row {row.index}: {self._backend.length(row.index)} cached tokens, {row.num_cached} before the anchor"
             )
-            sequence.plan(drafting=sequence.request.drafting)
-        cycle = self._backend.cycle([sequence.row for sequence in sequences])
+        cycle = self._run_cycle(sequences)
         return [
             self._advance(sequence, outcome, cycle, num_rows=len(sequences))
             for sequence, outcome in zip(sequences, cycle.outcomes, strict=True)
@@ -215,7 +237,7 @@ class Decoder:
 
     def _prefill(self, sequence: _Sequence, *, num_kept: int, limit: int | None) -> Record | None:
         row = sequence.row
-        sequence.plan(drafting=False)
+        sequence.plan(width=0)
         try:
             cycle = self._backend.prefill(row, num_kept=num_kept, limit=limit)
         except BaseException:
@@ -228,6 +250,29 @@ class Decoder:
             return self._advance(sequence, cycle.outcomes[0], cycle, num_rows=1, is_prefill=True)
         sequence.is_cached = row.is_resumed and self._backend.length(row.index) == row.num_cached
         return None
+
+    def _run_cycle(self, sequences: list[_Sequence]) -> Cycle:
+        """One cycle of the backend, at the fixed width or at the one that the schedule chooses and learns from."""
+        rows = [sequence.row for sequence in sequences]
+        if self._schedule is None:
+            for sequence in sequences:
+                sequence.plan(width=self.block_size - 1)
+            return self._backend.cycle(rows)
+        candidates = []
+        for sequence in sequences:
+            sequence.survival = sequence.survival or self._schedule.new_survival()
+            candidates.append(Candidate(sequence.survival, sequence.room))
+        # An exact pass sees all slots that its row will need.
+        num_slots = max(row.max_tokens if self._backend.exact else row.num_cached for row in rows)
+        width = self._schedule.choose(candidates, num_slots)
+        for sequence in sequences:
+            sequence.plan(width=width)
+        cycle = self._backend.cycle(rows)
+        accepted = [outcome.num_accepted for outcome in cycle.outcomes]
+        self._schedule.learn(
+            candidates, num_slots, [row.width for row in rows], accepted, cycle.draft_ms + cycle.verify_ms
+        )
+        return cycle
 
     def _new_sequence(self, request: Request, index: int) -> _Sequence:
         prompt = list(request.prompt_ids)

@@ -65,7 +65,7 @@ class OrthrusForCausalLM(OrthrusCheckpointMixin, OrthrusLM):
         streamer: Any = None,
         *,
         use_diffusion_mode: bool = True,
-        block_size: int | None = None,
+        block_size: int | Literal["auto"] | None = None,
         sampling_rule: Literal["speculative", "coupled"] | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
@@ -76,7 +76,8 @@ class OrthrusForCausalLM(OrthrusCheckpointMixin, OrthrusLM):
         """transformers' `generate`, with these arguments of its own:
 
         - `use_diffusion_mode`: False decodes one token at a time with the AR view, through the same loop.
-        - `block_size`: positions drafted together, 2 .. the trained size (the default).
+        - `block_size`: positions drafted together, 2 .. the trained size (the default), or "auto": each cycle drafts as
+          many tokens, from none up, as its time and its text make worth it (`decoding/schedule.py`).
         - `sampling_rule`: `speculative` or `coupled` (the default where a seed is given); only with `do_sample=True`.
         - `seed`: the sampled text's seed; without one it comes from `generator` or torch's global generator.
         - `exact`: bit-identical logits with and without drafting; default on for bfloat16 and float16.
@@ -88,6 +89,11 @@ class OrthrusForCausalLM(OrthrusCheckpointMixin, OrthrusLM):
         check_kinds(
             use_diffusion_mode=use_diffusion_mode, block_size=block_size, seed=seed, exact=exact, generator=generator
         )
+        if block_size == "auto" and seed is not None and sampling_rule == "speculative":
+            raise ValueError(
+                "generate: with block_size='auto' widths follow the clock, and a seed does not fix a speculative text: "
+                "use sampling_rule='coupled', or a number for block_size"
+            )
         check_inputs(kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("attention_mask"))
         refuse_unknown(kwargs)
         refuse_settings(self.generation_config, generation_config, kwargs)
@@ -124,7 +130,7 @@ class _Generation:
     """One call of `generate`: the callable that stock hands its preparations to."""
 
     drafting: bool
-    block_size: int | None
+    block_size: int | Literal["auto"] | None
     rule: Literal["speculative", "coupled"] | None
     seed: int | None
     generator: torch.Generator | None

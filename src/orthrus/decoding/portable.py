@@ -25,6 +25,7 @@ from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
 from orthrus.decoding.cache import SLOT_QUANTUM, Cache
 from orthrus.decoding.chooser import Chooser, first_outcome
 from orthrus.decoding.row import Cycle, Outcome, Row
+from orthrus.decoding.schedule import Experience, experience_of
 from orthrus.model.attention import Attend, View, check_untouched, run_layers
 from orthrus.model.masks import draft_mask, verify_mask
 from orthrus.model.packed import PackedModel, pack
@@ -216,6 +217,11 @@ class PortableBackend:
     def length(self, row: int) -> int:
         """Cached tokens of a row, 0 where it is not known."""
         return self.cache.length(row) if row in self.cache else 0
+
+    def experience(self, block_size: int) -> Experience:
+        """What this process knows of the model's times and drafts, as it is run here."""
+        attention = self.model.config._attn_implementation
+        return experience_of(self.model, block_size, self.exact, self.dtype, self.device, attention)
 
     # The passes
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from orthrus.decoding.sampling import Sampling
+from orthrus.decoding.schedule import Experience
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 """processor(ids [1, n], scores [1, V]) -> scores [1, V]: the scores of the token that follows those ids."""
@@ -80,6 +81,8 @@ class Backend(Protocol):
     max_positions: int
     prefill_chunk: int
     """Prompt tokens of one prefill pass: passes begin and end at its absolute multiples, however a prompt is cut up."""
+    exact: bool
+    """Whether every AR pass of a row has block_size positions, whatever its width: one shape, hence one row's bits."""
 
     @property
     def device(self) -> torch.device:
@@ -107,3 +110,7 @@ class Backend(Protocol):
 
     def length(self, row: int) -> int:
         """Cached tokens of a row, 0 where it is not known."""
+        ...
+
+    def experience(self, block_size: int) -> Experience:
+        """What this process knows of the model as it is run here (`experience_of`)."""

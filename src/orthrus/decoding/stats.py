@@ -28,6 +28,8 @@ class DecodingStats:
     """Entry a: cycles that accepted exactly a drafts; K entries."""
     drafted_per_position: list[int] = field(default_factory=list)
     """Entry j: cycles that drafted at least j + 1 tokens; K - 1 entries."""
+    width_histogram: list[int] = field(default_factory=list)
+    """Entry w: steps that asked for w drafts (0: plain steps); K entries."""
     draft_ms: float = 0.0
     """Time of draft passes; a batch's pass is shared out among its rows, so sums are wall time."""
     verify_ms: float = 0.0
@@ -38,6 +40,7 @@ class DecodingStats:
     def __post_init__(self):
         self.acceptance_histogram = self.acceptance_histogram or [0] * self.block_size
         self.drafted_per_position = self.drafted_per_position or [0] * (self.block_size - 1)
+        self.width_histogram = self.width_histogram or [0] * self.block_size
 
     def count_prefill(self, *, num_tokens: int) -> None:
         """Enter the end of a prefill and the first token it gave; its passes' time is added as they run."""
@@ -51,6 +54,7 @@ class DecodingStats:
         self.num_tokens += num_tokens
         self.draft_ms += draft_ms
         self.verify_ms += verify_ms
+        self.width_histogram[num_drafted] += 1
         if num_drafted == 0:
             self.num_plain_steps += 1
             return
@@ -93,7 +97,7 @@ class DecodingStats:
         for one in (self, other):
             for name in _ADDED:
                 setattr(merged, name, getattr(merged, name) + getattr(one, name))
-            for name in ("acceptance_histogram", "drafted_per_position"):
+            for name in ("acceptance_histogram", "drafted_per_position", "width_histogram"):
                 for index, count in enumerate(getattr(one, name)):
                     getattr(merged, name)[index] += count
         return merged
@@ -111,6 +115,7 @@ class DecodingStats:
             "num_accepted": self.num_accepted,
             "accepted_per_position": self.accepted_per_position,
             "drafted_per_position": list(self.drafted_per_position),
+            "width_histogram": list(self.width_histogram),
             "prefill_ms": self.prefill_ms,
             "draft_ms": self.draft_ms,
             "verify_ms": self.verify_ms,

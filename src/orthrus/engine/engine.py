@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from orthrus.decoding.chooser import Chooser, first_outcome
 from orthrus.decoding.portable import PREFILL_CHUNK, Stopwatch
 from orthrus.decoding.row import Cycle, Outcome, Row
+from orthrus.decoding.schedule import Experience, experience_of
 from orthrus.engine.graphs import Graphs
 from orthrus.engine.kv import PagePool, PageTables
 from orthrus.engine.operations import Ops, choose_ops
@@ -70,6 +71,9 @@ class EngineBackend:
         self.device: torch.device = self.weights.embedding_VD.device
         self.max_block_size: int = config.block_size
         self.max_positions: int = config.max_position_embeddings
+        self.exact: bool = (
+            False  # bits do not depend on shapes, so no pass need have more positions than it is asked for
+        )
         self._mask_token: int | None = config.mask_token_id
         self.prefill_chunk = prefill_chunk
         if num_pages is None:
@@ -87,6 +91,10 @@ class EngineBackend:
         )
         self.graphs = Graphs.on(self.device) if graphs is None else graphs
         self._inputs: dict[Shape, Inputs] = {}
+
+    def experience(self, block_size: int) -> Experience:
+        """What this process knows of the model in this engine: survival and cycle times."""
+        return experience_of(self.model, block_size, "engine", self.device, self.weights.embedding_VD.dtype)
 
     @property
     def bytes_per_token(self) -> int:

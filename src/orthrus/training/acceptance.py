@@ -35,7 +35,8 @@ def all_ranks(stats: DecodingStats, device: torch.device) -> DecodingStats:
     """The counters of all ranks together."""
     if num_ranks() == 1:
         return stats
-    counts = [*(getattr(stats, name) for name in COUNTS), *stats.acceptance_histogram, *stats.drafted_per_position]
+    counts = [getattr(stats, name) for name in COUNTS]
+    counts += [*stats.acceptance_histogram, *stats.width_histogram, *stats.drafted_per_position]
     summed = torch.tensor(counts, dtype=torch.long, device=device)
     dist.all_reduce(summed)
     values = summed.tolist()
@@ -43,7 +44,8 @@ def all_ranks(stats: DecodingStats, device: torch.device) -> DecodingStats:
     for name in COUNTS:
         setattr(together, name, values.pop(0))
     together.acceptance_histogram = values[: stats.block_size]
-    together.drafted_per_position = values[stats.block_size :]
+    together.width_histogram = values[stats.block_size : 2 * stats.block_size]
+    together.drafted_per_position = values[2 * stats.block_size :]
     return together
 
 
