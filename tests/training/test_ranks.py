@@ -66,9 +66,17 @@ leave_ranks()
 """
 
 
+ENDING = """
+import os, sys
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)  # as orthrus/__main__.py: the interpreter's teardown sometimes aborts in a process of torchrun
+"""
+
+
 def run_ranks(count: int, out: Path, program: str = PROGRAM) -> None:
     """A program in so many processes."""
-    (out / "program.py").write_text(program)
+    (out / "program.py").write_text(program + ENDING)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
     command = [sys.executable, *launch, str(out / "program.py"), str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
