@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from orthrus.datagen import package_text
 from orthrus.model.checkpoint import load_model
 from orthrus.training import view_run, view_trainer
 from orthrus.training.checkpoints import complete, describe, find_checkpoint
+from orthrus.training.view_recipe import load_any_recipe
 from tests.cli.commands import last_json, refused, run
 from tests.cli.tiny import byte_tokenizer
 from tests.training.view_files import same_states, write_files
@@ -375,6 +377,18 @@ def test_what_cannot_be_done_is_refused_before_the_data_is_packed(
     out = tmp_path / "out"
     assert message in refused("train", "--config", recipe, "--out", out, change)
     assert not packed and not out.exists()
+
+
+def test_prompts_longer_than_a_row_are_left_out(recipe: Path) -> None:
+    """The view has never been trained at such positions; where none is left, that is said."""
+    loaded: Any = load_any_recipe(recipe, ["data.row_tokens=16"])
+    config: Any = SimpleNamespace(max_position_embeddings=512, block_size=8)
+    short, long = [1] * 16, [1] * 17
+    data: Any = SimpleNamespace(prompts=[long, short], counts={"held_out": 2})
+    assert view_run.held_out_prompts(loaded, data, config) == [short]
+    data.prompts = [long]
+    with pytest.raises(ValueError, match="the reply of none of the 2 begins within 16 tokens"):
+        view_run.held_out_prompts(loaded, data, config)
 
 
 @pytest.mark.parametrize("packing", ["isolated", "concatenated"])

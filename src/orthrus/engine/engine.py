@@ -71,9 +71,7 @@ class EngineBackend:
         self.device: torch.device = self.weights.embedding_VD.device
         self.max_block_size: int = config.block_size
         self.max_positions: int = config.max_position_embeddings
-        self.exact: bool = (
-            False  # bits do not depend on shapes, so no pass need have more positions than it is asked for
-        )
+        self.exact = False  # bits do not depend on shapes: a pass has the positions it is asked for
         self._mask_token: int | None = config.mask_token_id
         self.prefill_chunk = prefill_chunk
         if num_pages is None:
@@ -95,11 +93,6 @@ class EngineBackend:
     def experience(self, block_size: int) -> Experience:
         """What this process knows of the model in this engine: survival and cycle times."""
         return experience_of(self.model, block_size, "engine", self.device, self.weights.embedding_VD.dtype)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Keys and values of one token, all layers."""
-        return page_bytes(self.model, 1)
 
     # The verbs
 

@@ -63,11 +63,6 @@ class Scheduler:
         return len(self._queue)
 
     @property
-    def num_running(self) -> int:
-        """Requests that hold a row, prefilled or not."""
-        return len(self._running)
-
-    @property
     def is_idle(self) -> bool:
         """Whether a step would do nothing."""
         return not self._queue and not self._running
