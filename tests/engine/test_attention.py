@@ -17,18 +17,22 @@ attention = pytest.importorskip("orthrus.engine.kernels.attention")
 SCALE = 0.3
 TILES = (dict(TILE_M=16, num_warps=4, num_stages=1), dict(TILE_M=64, num_warps=4, num_stages=1))
 
-REAL = {name: getattr(attention, name) for name in ("SPLIT_SLOTS", "TILE_K", "MERGE")}
+REAL = {name: getattr(attention, name) for name in ("FIRST_SLOTS", "SHARE", "DOUBLINGS", "TILE_K", "MERGE")}
 
-HOW = {"splits": (1 << 30, 0, 0), "spans": (0, 1 << 30, 0), "whole rows": (0, 0, 0)}
-"""Each way to spread a pass over programs: SPLIT_PROGRAMS, ALL_PROGRAMS, SCRATCH_BYTES."""
+HOW = {"splits": 1 << 40, "whole rows": 0}
+"""Each way to spread a pass over programs, by SCRATCH_BYTES."""
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Splits of 32 slots in tiles of 16, a page having 8: a program of the interpreter costs milliseconds a tile."""
-    monkeypatch.setattr(attention, "SPLIT_SLOTS", 32)
+    """Splits of 16, 32 and 64 slots in tiles of 16: a program of the interpreter costs milliseconds a tile.
+
+    They begin at 0, 16, 32, 48, 64, 96, 128, 192, ...
+    """
+    for name, value in dict(FIRST_SLOTS=16, SHARE=2, DOUBLINGS=2, ALL_PROGRAMS=0).items():
+        monkeypatch.setattr(attention, name, value)
     monkeypatch.setattr(attention, "TILE_K", {2: 16, 4: 16})
-    monkeypatch.setattr(attention, "MERGE", dict(TILE_M=64, num_warps=4))
+    monkeypatch.setattr(attention, "MERGE", dict(TILE_M=64, num_warps=4, AHEAD=3))
 
 
 def as_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,8 +41,7 @@ def as_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def spread_by(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    for name, limit in zip(("SPLIT_PROGRAMS", "ALL_PROGRAMS", "SCRATCH_BYTES"), HOW[how], strict=True):
-        monkeypatch.setattr(attention, name, limit)
+    monkeypatch.setattr(attention, "SCRATCH_BYTES", HOW[how])
 
 
 def heads(num_rows: int, num_heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -79,10 +82,11 @@ def check_twin(lengths: list[int], width: int, shape: tuple[int, int, int], *, p
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("drafts", [False, True], ids=["ar", "draft"])
 def test_a_pass_mixes_as_its_twin(monkeypatch, how: str, drafts: bool) -> None:
-    """Lengths around pages, splits and spans; a draft block of more than a tile."""
+    """Lengths around pages and splits; a draft block of more than a tile; pages of 1/2, 3/2 and 2 tiles."""
     spread_by(monkeypatch, how)
     check_twin([0, 129], 17, (2, 1, 16), page_slots=8, drafts=drafts)
     check_twin([31, 126, 1], 1, (7, 1, 20), page_slots=32, drafts=drafts)
+    check_twin([95, 2], 2, (2, 2, 16), page_slots=24, drafts=drafts)
 
 
 @pytest.mark.parametrize(("shape", "width"), [((8, 1, 64), 3), ((6, 2, 80), 2), ((2, 2, 96), 3), ((5, 1, 128), 2)])
@@ -91,9 +95,9 @@ def test_heads_of_every_family(shape: tuple[int, int, int], width: int) -> None:
 
 
 def test_the_sizes_that_run(monkeypatch) -> None:
-    """Splits of 256 slots and pages of 64."""
+    """Splits of 128 slots and more, pages of 64."""
     as_it_runs(monkeypatch)
-    check_twin([250, 7], 8, (2, 1, 16), page_slots=64, drafts=False)
+    check_twin([1300, 7], 8, (2, 1, 16), page_slots=64, drafts=True)
 
 
 @pytest.mark.parametrize("drafts", [False, True], ids=["ar", "draft"])
@@ -124,10 +128,9 @@ def check_bits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float
     pages = random_pages(lengths, width, num_groups=1, head_dim=16, page_slots=8, table_pages=24, dtype=dtype)
     q = heads(len(lengths) * width, 4, 16, dtype)  # 24 query heads of a key head: the larger tile
     together = attention.attend(q, pages, width=width, scale=SCALE).unflatten(0, (-1, width))
-    for how in ("splits", "spans"):
-        spread_by(monkeypatch, how)
-        again = attention.attend(q, pages, width=width, scale=SCALE).unflatten(0, (-1, width))
-        assert torch.equal(again, together), f"bits depend on how the pass is spread: {how}"
+    spread_by(monkeypatch, "splits")
+    again = attention.attend(q, pages, width=width, scale=SCALE).unflatten(0, (-1, width))
+    assert torch.equal(again, together), "bits depend on how the pass is spread"
     spread_by(monkeypatch, "whole rows")
     rows = [2, 1]
     some = attention.attend(
@@ -138,7 +141,7 @@ def check_bits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float
     assert torch.equal(attention.attend(q, wider, width=width, scale=SCALE).unflatten(0, (-1, width)), together), (
         "bits depend on the room in the tables"
     )
-    for w, how in ((0, "splits"), (1, "whole rows"), (5, "spans")):
+    for w, how in ((0, "splits"), (1, "whole rows"), (5, "splits")):
         spread_by(monkeypatch, how)
         later = pages._replace(lengths_B=pages.lengths_B + w)
         alone = attention.attend(q[w::width].contiguous(), later, width=1, scale=SCALE)
@@ -154,19 +157,20 @@ def test_a_position_has_its_bits_in_any_pass(monkeypatch, dtype: torch.dtype) ->
     ("old", "new", "message"),
     [
         pytest.param(
-            "range(split * SPLIT, tl.minimum((split + 1) * SPLIT, end), TILE_K)",
-            "range(split * tl.cdiv(end, last), tl.minimum((split + 1) * tl.cdiv(end, last), end), TILE_K)",
-            "bits depend on", id="splits from the length",
+            "            FIRST, SHARE, DOUBLINGS, H, S, HAS_OWN,\n        )",
+            "            FIRST * 2, SHARE, DOUBLINGS, H, S, HAS_OWN,\n        )",
+            "pass is spread", id="other splits for whole rows",
         ),
         pytest.param(
-            "unit = span * UNITS + i", "unit = span * UNITS + UNITS - 1 - i", "spread: splits", id="merged descending"
+            "for i in tl.static_range(AHEAD):", "for i in tl.static_range(AHEAD - 1, -1, -1):", "pass is spread",
+            id="merged descending",
         ),
         pytest.param(
-            "for split in range(first, last):", "for split in range(last - 1, first - 1, -1):", "spread: splits",
-            id="splits descending",
+            "for part in range(0, num_splits + HAS_OWN):", "for part in range(num_splits + HAS_OWN - 1, -1, -1):",
+            "pass is spread", id="splits descending",
         ),
         pytest.param(
-            "tl.max(scores, 1))", "tl.max(tl.max(scores, 1), 0))", "bits depend on|verification differ",
+            "tl.max(scores, 1) * scale", "tl.max(tl.max(scores, 1), 0) * scale", "bits depend on|verification differ",
             id="a peak for all rows of a tile",
         ),
     ],
@@ -181,11 +185,15 @@ def test_a_broken_clause_is_noticed(monkeypatch, tmp_path: Path, old: str, new: 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("places[None, :] < stop_M[:, None]", "places[None, :] <= stop_M[:, None]"),
-        ("v_rows[:, None] + dims[None, :], mask=is_there", "v_rows[:, None] + dims[None, :], mask=is_dim[None, :]"),
+        ("slots[None, :] < stop_M[:, None]", "slots[None, :] <= stop_M[:, None]"),
+        ("if at + TILE_K > all_see:", "if at + TILE_K > all_see + 4:"),
+        (
+            "_at(V, page, at, vp, vs, dims, S, TILE_K), mask=is_there",
+            "_at(V, page, at, vp, vs, dims, S, TILE_K), mask=is_dim[None, :]",
+        ),
         ("tl.constexpr(-1.0e30)", 'tl.constexpr(-float("inf"))'),
     ],
-    ids=["a key too many", "values behind the end", "NaN for no keys"],
+    ids=["a key too many", "a tile not masked", "values behind the end", "NaN for no keys"],
 )
 def test_a_wrong_mask_is_noticed(monkeypatch, tmp_path: Path, old: str, new: str) -> None:
     monkeypatch.setattr(attention, "kernels", planted(attention.attention_kernels, tmp_path, old=old, new=new))
@@ -204,20 +212,26 @@ def test_a_row_of_padding_is_zero() -> None:
     assert not out[0].any() and out[1].all()
 
 
-def test_pages_that_cross_a_split_are_refused() -> None:
-    pages = random_pages([9], 1, num_groups=1, head_dim=16, page_slots=24, table_pages=2)
-    with pytest.raises(ValueError, match="divisor of 32 slots, got 24"):
-        attention.attend(heads(1, 1, 16), pages, width=1, scale=SCALE)
+def test_splits_follow_each_other(monkeypatch) -> None:
+    """Where they begin, by the sentence that defines their sizes."""
+    as_it_runs(monkeypatch)
+    first, starts = attention.FIRST_SLOTS, [0]
+    while starts[-1] < 50_000:
+        largest = first << attention.DOUBLINGS
+        sizes = [size for size in (first, 2 * first, 4 * first, 8 * first) if attention.SHARE * size <= starts[-1]]
+        starts.append(starts[-1] + min(max(sizes, default=first), largest))
+    for num_slots in (0, 1, *(start + more for start in starts[1:] for more in (0, 1))):
+        assert attention.num_splits(num_slots) == sum(start < num_slots for start in starts), num_slots
 
 
 def test_the_scratch_stays_small(monkeypatch) -> None:
-    """Qwen3-8B at 40k slots: a decoding pass keeps spans, and a prefill pass of 512 positions nothing."""
+    """Qwen3-8B at 40k slots: a decoding pass keeps few states, and a prefill pass of 512 positions none."""
     as_it_runs(monkeypatch)
     pool = torch.empty(1, 64, 8, 128)
     pages = Pages(pool, pool, torch.empty(1, 640), torch.empty(1))
     decoding = attention.spread(torch.Size((32, 32, 128)), pages, width=32, tile_m=128)
-    assert decoding == (1, attention.SPAN_SPLITS, 40)
-    assert attention._scratch_bytes(160, 32 * 32, 128) < 25e6
-    assert attention.spread(torch.Size((512, 32, 128)), pages, width=512, tile_m=128).unit == 0
+    assert decoding == (1, 52)
+    assert attention._scratch_bytes(52, 32 * 32, 128) < 30e6
+    assert attention.spread(torch.Size((512, 32, 128)), pages, width=512, tile_m=128).num_splits == 0
     short = pages._replace(tables_BM=pages.tables_BM[:, :16])
-    assert attention.spread(torch.Size((1, 32, 128)), short, width=1, tile_m=64) == (1, 1, 4)
+    assert attention.spread(torch.Size((1, 32, 128)), short, width=1, tile_m=64) == (1, 8)

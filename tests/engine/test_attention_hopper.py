@@ -12,16 +12,21 @@ import pytest
 pytest.importorskip("triton")
 
 PROGRAM = """
+import os
 import re
+import subprocess
+import tempfile
+
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from orthrus.engine.kernels import attention_kernels, place_kernels
-from orthrus.engine.kernels.attention import MERGE, SPAN_SPLITS, SPLIT_SLOTS, TILE_K, TILES_M
+from orthrus.engine.kernels.attention import DOUBLINGS, FIRST_SLOTS, MERGE, SHARE, TILE_K, TILES_M
 from orthrus.engine.kernels.place import TILE
 
-FP32, INT32 = dict.fromkeys(("ACC", "PEAK", "TOTAL"), "*fp32"), dict.fromkeys(("TABLES", "LENGTHS", "WIDTHS"), "*i32")
+FP32, INT32 = dict.fromkeys(("ACC", "PEAK", "TOTAL", "QKV"), "*fp32"), dict.fromkeys(("TABLES", "LENGTHS", "WIDTHS"), "*i32")
 KINDS = FP32 | INT32 | dict(scale="fp32", eps="fp32")
 STRIDES = ("kp", "ks", "kg", "vp", "vs", "vg")
 
@@ -35,27 +40,42 @@ def ptx(kernel, options, **constants):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
 
+def spilled(code):
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(code)
+        file.flush()
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return int(re.search("([0-9]+) bytes spill stores", said)[1])
+
+
 def split(tile):
     names = ("num_warps", "num_stages", "enable_fp_fusion")
     return {n: v for n, v in tile.items() if n in names}, {n: v for n, v in tile.items() if n not in names}
 
 
-HEADS = dict(H=128, BLOCK_H=128, SPLIT=SPLIT_SLOTS)
-READ = HEADS | dict(GROUP=4, S=64, TILE_K=TILE_K[2], BY="tf32", HAS_OWN=True)
-AR = dict(OWN_K=None, OWN_V=None, WIDTHS=None, HAS_OWN=False)
+HEADS = dict(H=128, BLOCK_H=128, HOPPER=True, FIRST=FIRST_SLOTS, SHARE=SHARE, DOUBLINGS=DOUBLINGS)
+READ = HEADS | dict(GROUP=4, S=64, TILE_K=TILE_K[2], BY="tf32")
+AR, DRAFT = dict(OWN_K=None, OWN_V=None, WIDTHS=None, HAS_OWN=False), dict(HAS_OWN=True)
 few, many = (split(tile) for tile in TILES_M[2])
-products = []
-for (options, tile), how in ((few, AR), (many, {})):
-    code = ptx(attention_kernels.read_unit, options, UNIT=1, **READ | tile | how)
-    assert "cp.async" in code, "keys are not loaded ahead"
-    products.append(set(re.findall(r"wgmma[.]mma_async\\S*", code)))
-assert products[0] == products[1] != set(), f"tiles of different sizes run different products: {products}"
+products = set()
+for options, tile in (few, many):
+    for how in (AR, DRAFT):
+        code = ptx(attention_kernels.read_part, options, **READ | tile | how)
+        copied = code.count("cp.async.cg.shared.global") * 16 * 32 * options["num_warps"]
+        num_tiles = copied / (2 * TILE_K[2] * 128 * 2)  # of keys and values: those before the loop and one in it
+        assert num_tiles == options["num_stages"], f"too few keys are loaded ahead: {num_tiles} tiles"
+        assert not spilled(code), f"registers spill: {tile}, {how}"
+        products.add(frozenset(re.findall(r"wgmma[.]mma_async\\S*", code)))
+assert len(products) == 1 and all(products), f"tiles of different sizes run different products: {products}"
 options, tile = many
-ptx(attention_kernels.read_all, options, SPAN=SPAN_SPLITS, **READ | tile | AR)
+for how in (AR, DRAFT):
+    code = ptx(attention_kernels.read_all, options, **READ | tile | how)
+    assert not spilled(code), f"registers spill: whole rows, {how}"
 options, tile = split(MERGE)
-ptx(attention_kernels.merge, options, SPAN=SPAN_SPLITS, UNIT=1, HAS_OWN=True, **HEADS | tile)
+ptx(attention_kernels.merge, options, HAS_OWN=True, **HEADS | tile)
 options, tile = split(TILE)
-place = dict(NUM_HEADS=32, NUM_GROUPS=8, H=128, BLOCK_H=128, S=64, **tile)
+place = dict(SPLITS=2, HOPPER=True, SCALE=None, BIAS=None, NUM_HEADS=32, NUM_GROUPS=8, H=128, BLOCK_H=128, S=64, **tile)
 ptx(place_kernels.place, options, HAS_NORMS=True, HAS_OWN=False, **place)
 ptx(place_kernels.place, options, HAS_NORMS=False, HAS_OWN=True, QUERY_NORM=None, KEY_NORM=None, **place)
 """

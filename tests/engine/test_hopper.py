@@ -35,7 +35,7 @@ def ptx(kernel, types, **constants):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
 
-TILE = dict(BLOCK_E=64, BLOCK_R=32, BLOCK_K=64, WHOLE=True, BY="tf32")
+TILE = dict(BLOCK_E=64, BLOCK_R=32, BLOCK_K=64, WHOLE=True, BY="tf32", AHEAD=1024, HOPPER=True)
 NONE = dict(SCALE=None, BIAS=None, RESIDUAL=None)
 multiply = linear_kernels.multiply
 products = [
@@ -43,15 +43,21 @@ products = [
     ptx(multiply, dict(W="*fp8e4nv"), SPLITS=2, SPREAD=False, GATED=True, **TILE, BIAS=None, RESIDUAL=None),
     ptx(multiply, dict(OUT="*fp32"), SPLITS=2, SPREAD=True, GATED=True, **TILE | dict(BLOCK_R=128), **NONE),
     ptx(multiply, {}, SPLITS=1, SPREAD=False, GATED=False, **TILE | dict(WHOLE=False), **NONE, num_rows=1),
-    ptx(head_kernels.tile_largest, {}, SPLITS=1, **TILE),
+    ptx(head_kernels.tile_largest, {}, SPLITS=1, **TILE, SCALE=None),
 ]
 for one in products:
     assert "wgmma" in one, "the product is not one of Hopper's"
-    assert "cp.async" in one, "blocks of inputs are not loaded ahead"
-ptx(head_kernels.row_largest, dict(OUT="*i64"), BLOCK=4096)
-for gated in (False, True):
-    ptx(linear_kernels.add_up, {}, SPLITS=4, GATED=gated, BLOCK=512)
-ptx(norm._rms_norm, dict(eps="fp32"), BLOCK=4096)
+    assert "cp.async.cg" in one, "blocks of inputs are not loaded ahead"
+    asked, waited = one.index("cp.async.bulk.prefetch"), one.index("griddepcontrol.wait")
+    assert asked < waited < one.index("cp.async.cg"), "weights are asked for, and the kernel before awaited, too late"
+others = [
+    ptx(head_kernels.row_largest, dict(OUT="*i64"), BLOCK=4096, HOPPER=True),
+    *(ptx(linear_kernels.add_up, {}, SPLITS=4, GATED=gated, BLOCK=512, HOPPER=True) for gated in (False, True)),
+    ptx(linear_kernels.add_up_and_norm, dict(eps="fp32", NORMED="*bf16"), SPLITS=4, BLOCK=4096, HOPPER=True),
+    ptx(norm._rms_norm, dict(eps="fp32"), BLOCK=4096, HOPPER=True),
+]
+for one in others:
+    assert one.count("griddepcontrol.wait") == one.count("griddepcontrol.launch_dependents") == 1
 """
 
 

@@ -29,13 +29,13 @@ def test_the_model_and_the_engine_share_one_memory(tied: bool):
     weights = take_weights(model)
     assert sum(storages(model).values()) == num_bytes, "something was kept twice"
     addresses = storages(model)
-    taken = [weights.embedding_VD, weights.head_VD, weights.norm_D]
+    taken = [weights.embedding_VD, weights.head["ar"].weight_ED, weights.norm_D]
     for layer in weights.layers:
-        taken += [layer.input_norm_D, layer.post_norm_D, layer.gate_up_2FD, layer.down_DF]
-        for view in layer.views.values():
-            taken += [view.qkv_ED, view.out_DA]
+        taken += [layer.input_norm_D, layer.post_norm_D, layer.mlp["ar"].gate_up.weight_ED, layer.mlp["ar"].down.weight_ED]
+        for view in layer.attention.values():
+            taken += [view.qkv.weight_ED, view.out.weight_ED]
     assert all(tensor.untyped_storage().data_ptr() in addresses for tensor in taken), "the engine holds a copy"
-    assert (weights.embedding_VD.data_ptr() == weights.head_VD.data_ptr()) == tied
+    assert (weights.embedding_VD.data_ptr() == weights.head["ar"].weight_ED.data_ptr()) == tied
     assert all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
     torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=0)
 
@@ -45,12 +45,12 @@ def test_the_views_rows_are_queries_keys_values_then_gate_up():
     layer, attention = take_weights(model).layers[1], model.model.layers[1].self_attn
     for view, suffix in (("ar", ""), ("diffusion", "_diff")):
         projections = [getattr(attention, f"{name}_proj{suffix}") for name in "qkv"]
-        assert torch.equal(layer.views[view].qkv_ED, torch.cat([p.weight for p in projections]))
-        bias_E = layer.views[view].qkv_bias_E
+        assert torch.equal(layer.attention[view].qkv.weight_ED, torch.cat([p.weight for p in projections]))
+        bias_E = layer.attention[view].qkv.bias_E
         assert bias_E is not None and torch.equal(bias_E, torch.cat([p.bias for p in projections]))
-        assert torch.equal(layer.views[view].out_DA, getattr(attention, f"o_proj{suffix}").weight)
+        assert torch.equal(layer.attention[view].out.weight_ED, getattr(attention, f"o_proj{suffix}").weight)
     mlp = model.model.layers[1].mlp
-    assert torch.equal(layer.gate_up_2FD, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
+    assert torch.equal(layer.mlp["ar"].gate_up.weight_ED, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
 
 
 def test_an_edit_in_place_reaches_the_engine():
@@ -67,7 +67,7 @@ def test_a_second_engine_takes_no_more_memory():
     before = storages(model)
     second = take_weights(model)
     assert storages(model) == before
-    assert first.layers[0].gate_up_2FD.data_ptr() == second.layers[0].gate_up_2FD.data_ptr()
+    assert first.layers[0].mlp["ar"].gate_up.weight_ED.data_ptr() == second.layers[0].mlp["ar"].gate_up.weight_ED.data_ptr()
     parts = [nn.Parameter(torch.randn(n, 3)) for n in (2, 5, 4)]
     whole = join(parts)
     assert join(parts).data_ptr() == whole.data_ptr()

@@ -60,14 +60,16 @@ class EngineBackend:
         num_pages: int | None = None,
         page_slots: int = PAGE_SLOTS,
         prefill_chunk: int = PREFILL_CHUNK,
+        draft_precision: str | None = None,
         ops: Ops | None = None,
         graphs: Graphs | None = None,
+        make_passes: type[Passes] = Passes,
     ):
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
         config = model.config
         self.model = model
-        self.weights = take_weights(model)
+        self.weights = take_weights(model, draft_precision)
         self.device: torch.device = self.weights.embedding_VD.device
         self.max_block_size: int = config.block_size
         self.max_positions: int = config.max_position_embeddings
@@ -79,7 +81,7 @@ class EngineBackend:
         self.pool = PagePool(num_pages, page_slots)
         self.tables = PageTables(self.pool)
         self._spare_page = num_pages  # behind the pool's: what padding writes is nobody's
-        self.passes = Passes(
+        self.passes = make_passes(
             self.weights,
             choose_ops(self.device) if ops is None else ops,
             rotary_tables(model, self.max_positions + self.max_block_size),  # a block's padding may pass the context
@@ -245,7 +247,7 @@ class _Choice:
     def __init__(self, rows: list[Row], inputs: Inputs, passes: Passes, graphs: Graphs):
         self.num_columns = max(row.width for row in rows) + 1
         self._inputs, self._passes, self._graphs = inputs, passes, graphs
-        device, num_tokens = inputs.ids_BW.device, len(passes.weights.head_VD)
+        device, num_tokens = inputs.ids_BW.device, len(passes.weights.embedding_VD)
         self._chooser = Chooser(rows, self.num_columns, num_tokens, device)
         self._ids_BW = inputs.ids_BW[: len(rows), : self.num_columns]
         self._widths_B = inputs.widths_B[: len(rows)]

@@ -16,9 +16,10 @@ from orthrus.engine import reference
 KERNEL_FILES = {
     "rms_norm": "norm",
     "linear": "linear",
+    "linear_and_norm": "linear",
     "swiglu": "linear",
     "head_argmax": "head",
-    "place_heads": "place",
+    "project_heads": "place",
     "attend": "attention",
 }
 """The module of `engine/kernels` that holds each operation."""
@@ -29,9 +30,10 @@ class Ops(NamedTuple):
 
     rms_norm: Callable[..., Tensor]
     linear: Callable[..., Tensor]
+    linear_and_norm: Callable[..., tuple[Tensor, Tensor]]
     swiglu: Callable[..., Tensor]
     head_argmax: Callable[..., Tensor]
-    place_heads: Callable[..., Tensor]
+    project_heads: Callable[..., Tensor]
     attend: Callable[..., Tensor]
 
 

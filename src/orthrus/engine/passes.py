@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from orthrus.decoding.verify import accept_equal
 from orthrus.engine.operations import Ops
 from orthrus.engine.reference import Pages, Rotary
-from orthrus.engine.weights import LayerWeights, Weights
+from orthrus.engine.weights import LayerWeights, Matrix, Weights
 from orthrus.model.attention import View
 
 PADDING = -1
@@ -135,14 +135,19 @@ class Passes:
             block = (len(hidden_RD), weights.num_groups, weights.head_dim)
             own = (hidden_RD.new_empty(block), hidden_RD.new_empty(block))
             widths_B = (inputs.widths_B + 1).clamp(min=1)  # a row of padding sees its first position
-        for layer, keys, values in zip(weights.layers, self.keys_LPSGH, self.values_LPSGH, strict=True):
+        first, *later = weights.layers
+        next_norms = [*((layer.input_norm_D, layer.input_eps) for layer in later), (weights.norm_D, weights.eps)]
+        normed_RD = ops.rms_norm(hidden_RD, first.input_norm_D, first.input_eps)
+        of_layers = zip(weights.layers, next_norms, self.keys_LPSGH, self.values_LPSGH, strict=True)
+        for layer, next_norm, keys, values in of_layers:
             pages = Pages(keys, values, inputs.tables_BM, inputs.lengths_B)
-            hidden_RD = self._layer(layer, view, hidden_RD, pages, inputs.shape.num_columns, own, widths_B)
-        return ops.rms_norm(hidden_RD, weights.norm_D, weights.eps)
+            block = _Block(pages, inputs.shape.num_columns, own, widths_B)
+            hidden_RD, normed_RD = self._layer(layer, view, hidden_RD, normed_RD, next_norm, block)
+        return normed_RD
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., D] to logits [..., V] in the model's dtype."""
-        return self.ops.linear(hidden.flatten(0, -2), self.weights.head_VD).unflatten(0, hidden.shape[:-1])
+        """Hidden states [..., D] to the AR view's logits [..., V] in the model's dtype."""
+        return self.ops.linear(hidden.flatten(0, -2), self.weights.head["ar"].weight_ED).unflatten(0, hidden.shape[:-1])
 
     # What is captured: functions of `inputs` alone that leave their results in it.
 
@@ -157,21 +162,26 @@ class Passes:
     def draft(self, inputs: Inputs) -> None:
         """The diffusion view's greedy drafts, into `ids_BW` behind the anchors."""
         hidden_BJD = self._run_block(inputs).unflatten(0, inputs.ids_BW.shape)[:, :-1]
-        drafts = self.ops.head_argmax(hidden_BJD.flatten(0, 1), self.weights.head_VD)
+        drafts = self._argmax("diffusion", hidden_BJD.flatten(0, 1))
         inputs.ids_BW[:, 1:] = drafts.unflatten(0, hidden_BJD.shape[:2])
 
     def verify(self, inputs: Inputs) -> None:
         """The AR view over anchors and drafts: keep, correct, and move anchors and lengths on. Into `result_BX`."""
-        targets = self.ops.head_argmax(self._run_text(inputs), self.weights.head_VD)
-        drafts_BJ = inputs.ids_BW[:, 1:]
-        num_accepted_B, committed_BW = accept_equal(
-            drafts_BJ, targets.unflatten(0, inputs.ids_BW.shape), inputs.widths_B
-        )
-        torch.cat([num_accepted_B[:, None], committed_BW, drafts_BJ], dim=1, out=inputs.result_BX)
+        targets = self._argmax("ar", self._run_text(inputs))
+        num_accepted_B, committed_BW = self.accept(inputs, targets.unflatten(0, inputs.ids_BW.shape))
+        torch.cat([num_accepted_B[:, None], committed_BW, inputs.ids_BW[:, 1:]], dim=1, out=inputs.result_BX)
         is_row_B = inputs.widths_B != PADDING
         anchors_B = committed_BW.gather(1, num_accepted_B[:, None])[:, 0]
         inputs.anchors_B.copy_(anchors_B * is_row_B)
         inputs.lengths_B.add_((num_accepted_B + 1) * is_row_B)
+
+    def _argmax(self, view: View, hidden_RD: Tensor) -> Tensor:
+        head = self.weights.head[view]
+        return self.ops.head_argmax(hidden_RD, head.weight_ED, scale_V=head.scale_E)
+
+    def accept(self, inputs: Inputs, targets_BW: Tensor) -> tuple[Tensor, Tensor]:
+        """How many drafts each row keeps, and what it commits; benchmarks force another count. [B], [B, W]."""
+        return accept_equal(inputs.ids_BW[:, 1:], targets_BW, inputs.widths_B)
 
     def _run_block(self, inputs: Inputs) -> Tensor:
         inputs.ids_BW.fill_(self._mask_token)
@@ -187,18 +197,36 @@ class Passes:
         layer: LayerWeights,
         view: View,
         hidden_RD: Tensor,
-        pages: Pages,
-        width: int,
-        own: tuple[Tensor, Tensor] | None,
-        widths_B: Tensor | None,
-    ) -> Tensor:
-        ops, attention = self.ops, layer.views[view]
-        normed_RD = ops.rms_norm(hidden_RD, layer.input_norm_D, layer.input_eps)
-        qkv_RE = ops.linear(normed_RD, attention.qkv_ED, bias_E=attention.qkv_bias_E)
-        q_RNH = ops.place_heads(
-            qkv_RE, pages, self.rotary, attention.norms, num_heads=self.weights.num_heads, width=width, own=own
-        )
+        normed_RD: Tensor,
+        next_norm: tuple[Tensor, float],
+        block: "_Block",
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states, as they are and normed for this layer, to the same behind it."""
+        ops, attention, mlp = self.ops, layer.attention[view], layer.mlp[view]
+        pages, width, own, widths_B = block
+        q_RNH = ops.project_heads(
+            normed_RD, attention.qkv.weight_ED, pages, self.rotary, attention.norms, num_heads=self.weights.num_heads,
+            width=width, own=own, bias_E=attention.qkv.bias_E, scale_E=attention.qkv.scale_E,
+        )  # fmt: skip
         mixed_RA = ops.attend(q_RNH, pages, width=width, scale=attention.scale, own=own, widths_B=widths_B)
-        hidden_RD = ops.linear(mixed_RA, attention.out_DA, bias_E=attention.out_bias_D, residual_RE=hidden_RD)
-        gated_RF = ops.swiglu(ops.rms_norm(hidden_RD, layer.post_norm_D, layer.post_eps), layer.gate_up_2FD)
-        return ops.linear(gated_RF, layer.down_DF, residual_RE=hidden_RD)
+        hidden_RD, normed_RD = self._add_and_norm(mixed_RA, attention.out, hidden_RD, layer.post_norm_D, layer.post_eps)
+        gated_RF = ops.swiglu(normed_RD, mlp.gate_up.weight_ED, scale_2F=mlp.gate_up.scale_E)
+        return self._add_and_norm(gated_RF, mlp.down, hidden_RD, *next_norm)
+
+    def _add_and_norm(
+        self, x: Tensor, matrix: Matrix, hidden_RD: Tensor, norm_D: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states with a product added, as they are and normed."""
+        return self.ops.linear_and_norm(
+            x, matrix.weight_ED, bias_E=matrix.bias_E, scale_E=matrix.scale_E, residual_RE=hidden_RD, norm_E=norm_D,
+            eps=eps,
+        )  # fmt: skip
+
+
+class _Block(NamedTuple):
+    """What a layer's attention reads besides queries."""
+
+    pages: Pages
+    width: int
+    own: tuple[Tensor, Tensor] | None
+    widths_B: Tensor | None

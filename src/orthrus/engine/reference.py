@@ -83,12 +83,27 @@ def swiglu(x_RD: Tensor, weight_2FD: Tensor, *, scale_2F: Tensor | None = None) 
     return (torch.nn.functional.silu(gate) * up).to(x_RD.dtype)
 
 
-def head_argmax(x_RD: Tensor, weight_VD: Tensor) -> Tensor:
+def linear_and_norm(
+    x_RD: Tensor,
+    weight_ED: Tensor,
+    *,
+    norm_E: Tensor,
+    eps: float,
+    residual_RE: Tensor | None = None,
+    bias_E: Tensor | None = None,
+    scale_E: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`linear`, and `rms_norm` of what it gives. [R, E] both."""
+    out = linear(x_RD, weight_ED, bias_E=bias_E, residual_RE=residual_RE, scale_E=scale_E)
+    return out, rms_norm(out, norm_E, eps)
+
+
+def head_argmax(x_RD: Tensor, weight_VD: Tensor, *, scale_V: Tensor | None = None) -> Tensor:
     """The largest logit's token, the lowest id among equals, of logits rounded to the dtype of x. int64 [R].
 
     Rounded, so that it is the argmax of the logits that `linear` gives.
     """
-    return linear(x_RD, weight_VD).max(dim=-1).indices
+    return linear(x_RD, weight_VD, scale_E=scale_V).max(dim=-1).indices
 
 
 def place_heads(
@@ -125,6 +140,24 @@ def place_heads(
     pages.keys_PSGH[page_R, positions_R % page_slots] = k
     pages.values_PSGH[page_R, positions_R % page_slots] = v
     return q
+
+
+def project_heads(
+    x_RD: Tensor,
+    qkv_ED: Tensor,
+    pages: Pages,
+    rotary: Rotary,
+    norms: HeadNorms | None,
+    *,
+    num_heads: int,
+    width: int,
+    own: tuple[Tensor, Tensor] | None = None,
+    bias_E: Tensor | None = None,
+    scale_E: Tensor | None = None,
+) -> Tensor:
+    """`linear` and `place_heads`. Queries [R, N, H]."""
+    qkv_RE = linear(x_RD, qkv_ED, bias_E=bias_E, scale_E=scale_E)
+    return place_heads(qkv_RE, pages, rotary, norms, num_heads=num_heads, width=width, own=own)
 
 
 def rotate(x_RNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -8,12 +8,14 @@ engine takes one layer's worth of memory for a moment.
     of the MLP, V = vocabulary
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from orthrus.engine.quantise import quantise_rows
 from orthrus.engine.reference import HeadNorms, Rotary
 from orthrus.model.attention import View, twin
 from orthrus.model.bases import ROWS
@@ -22,29 +24,55 @@ MLPS = tuple(row.mlp for row in ROWS)
 """The MLPs that `swiglu` and `linear` compute."""
 
 
+DRAFT_PRECISIONS = ("fp8",)
+"""What copies of weights for drafts may be kept in."""
+
+
+class Matrix(NamedTuple):
+    """The weight of a product, and what follows the product."""
+
+    weight_ED: Tensor
+    bias_E: Tensor | None = None
+    scale_E: Tensor | None = None
+    """With a weight in float8_e4m3fn: what each output is multiplied with, fp32."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weight and its scales."""
+        return self.weight_ED.nbytes + (0 if self.scale_E is None else self.scale_E.nbytes)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionWeights:
     """One layer's attention in one view."""
 
-    qkv_ED: Tensor
-    qkv_bias_E: Tensor | None
+    qkv: Matrix
+    """[E, D]."""
     norms: HeadNorms | None
     """None where the base has none."""
-    out_DA: Tensor
-    out_bias_D: Tensor | None
+    out: Matrix
+    """[D, A]."""
     scale: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LayerWeights:
-    """One layer: its attention in both views, and what they share."""
+class MlpWeights:
+    """One layer's MLP: the same tensors in both views, unless drafts have copies of their own."""
 
-    views: dict[View, AttentionWeights]
+    gate_up: Matrix
+    """[2 F, D], the gate's rows first."""
+    down: Matrix
+    """[D, F]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerWeights:
+    """One layer in both views."""
+
+    attention: dict[View, AttentionWeights]
+    mlp: dict[View, MlpWeights]
     input_norm_D: Tensor
     post_norm_D: Tensor
-    gate_up_2FD: Tensor
-    """The gate's rows first."""
-    down_DF: Tensor
     input_eps: float
     post_eps: float
 
@@ -57,13 +85,24 @@ class Weights:
     layers: tuple[LayerWeights, ...]
     norm_D: Tensor
     eps: float
-    head_VD: Tensor
-    """The embedding itself where they are tied."""
+    head: dict[View, Matrix]
+    """[V, D]; the embedding itself where they are tied."""
     num_heads: int
     num_groups: int
     head_dim: int
     places: dict[str, int]
     """Where each of the model's parameters lay when its weights were taken."""
+
+    @property
+    def draft_bytes(self) -> int:
+        """Bytes of the copies that drafts alone read."""
+        return sum(copy.num_bytes for copy in self._draft_matrices() if copy.scale_E is not None)
+
+    def _draft_matrices(self) -> Iterator[Matrix]:
+        yield self.head["diffusion"]
+        for layer in self.layers:
+            attention, mlp = layer.attention["diffusion"], layer.mlp["diffusion"]
+            yield from (attention.qkv, attention.out, mlp.gate_up, mlp.down)
 
     def check_places(self, model: nn.Module) -> None:
         """`ValueError` when the model's weights lie elsewhere now, so that the engine would not see them change."""
@@ -74,20 +113,27 @@ class Weights:
             )
 
 
-def take_weights(model: nn.Module) -> Weights:
+def take_weights(model: nn.Module, draft_precision: str | None = None) -> Weights:
     """Join the weights of an `OrthrusLM`, whose parameters become views of the joined ones.
+
+    With a `draft_precision` of "fp8" draft passes read a second copy of all matrices, a byte a weight, which the AR
+    view never reads: drafts change, the text does not.
 
     Raises `ValueError` naming what the engine's passes do not compute; then the model is as it was.
     """
+    if draft_precision not in (None, *DRAFT_PRECISIONS):
+        raise ValueError(f"draft_precision must be one of {', '.join(DRAFT_PRECISIONS)} or None, got {draft_precision!r}")
     check_supported(model)
     config, decoder = model.config, model.model
-    layers = tuple(_take_layer(layer) for layer in decoder.layers)
+    for_drafts = {None: lambda matrix: matrix, "fp8": in_fp8}[draft_precision]
+    layers = tuple(_take_layer(layer, for_drafts) for layer in decoder.layers)
+    head = Matrix(model.lm_head.weight.detach())
     return Weights(
         embedding_VD=decoder.embed_tokens.weight.detach(),
         layers=layers,
         norm_D=decoder.norm.weight.detach(),
         eps=decoder.norm.variance_epsilon,
-        head_VD=model.lm_head.weight.detach(),
+        head={"ar": head, "diffusion": for_drafts(head)},
         num_heads=config.num_attention_heads,
         num_groups=config.num_key_value_heads,
         head_dim=config.head_dim,
@@ -165,35 +211,44 @@ def _adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
     return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
 
 
-def _take_layer(layer: nn.Module) -> LayerWeights:
+def in_fp8(matrix: Matrix) -> Matrix:
+    """A copy in float8_e4m3fn."""
+    weight_ED, scale_E = quantise_rows(matrix.weight_ED)
+    return Matrix(weight_ED, matrix.bias_E, scale_E)
+
+
+def _take_layer(layer: nn.Module, for_drafts: Callable[[Matrix], Matrix]) -> LayerWeights:
     mlp = layer.mlp
+    gate_up, down = Matrix(join([mlp.gate_proj.weight, mlp.up_proj.weight])), Matrix(mlp.down_proj.weight.detach())
     return LayerWeights(
-        views={
-            "ar": _take_attention(layer.self_attn, "ar"),
-            "diffusion": _take_attention(layer.self_attn, "diffusion"),
+        attention={
+            "ar": _take_attention(layer.self_attn, "ar", lambda matrix: matrix),
+            "diffusion": _take_attention(layer.self_attn, "diffusion", for_drafts),
+        },
+        mlp={
+            "ar": MlpWeights(gate_up=gate_up, down=down),
+            "diffusion": MlpWeights(gate_up=for_drafts(gate_up), down=for_drafts(down)),
         },
         input_norm_D=layer.input_layernorm.weight.detach(),
         post_norm_D=layer.post_attention_layernorm.weight.detach(),
-        gate_up_2FD=join([mlp.gate_proj.weight, mlp.up_proj.weight]),
-        down_DF=mlp.down_proj.weight.detach(),
         input_eps=layer.input_layernorm.variance_epsilon,
         post_eps=layer.post_attention_layernorm.variance_epsilon,
     )
 
 
-def _take_attention(attention: nn.Module, view: View) -> AttentionWeights:
+def _take_attention(attention: nn.Module, view: View, for_view: Callable[[Matrix], Matrix]) -> AttentionWeights:
     projections = [twin(attention, name, view) for name in ("q_proj", "k_proj", "v_proj")]
     out = twin(attention, "o_proj", view)
     norms = None
     if (q_norm := twin(attention, "q_norm", view)) is not None:
         k_norm = twin(attention, "k_norm", view)
         norms = HeadNorms(q_norm.weight.detach(), k_norm.weight.detach(), q_norm.variance_epsilon)
+    qkv_ED = join([projection.weight for projection in projections])
     has_bias = projections[0].bias is not None
+    qkv_bias_E = join([projection.bias for projection in projections]) if has_bias else None
     return AttentionWeights(
-        qkv_ED=join([projection.weight for projection in projections]),
-        qkv_bias_E=join([projection.bias for projection in projections]) if has_bias else None,
+        qkv=for_view(Matrix(qkv_ED, qkv_bias_E)),
         norms=norms,
-        out_DA=out.weight.detach(),
-        out_bias_D=None if out.bias is None else out.bias.detach(),
+        out=for_view(Matrix(out.weight.detach(), None if out.bias is None else out.bias.detach())),
         scale=attention.scaling,
     )

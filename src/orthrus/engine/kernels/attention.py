@@ -3,15 +3,16 @@
 Where sums begin and in which order they go on depends on a query's own length alone, so that plain decoding and
 verification give one position the same bits, in any batch:
 
-- slots are cut at fixed multiples of SPLIT_SLOTS; within a split, tiles of TILE_K slots go through an online softmax;
-- SPAN_SPLITS splits make a span: their states (fp32) are folded ascending, then the spans' are, then the own block's;
+- slots are cut into splits at fixed places: of FIRST_SLOTS at first, later of 2, 4, ... times as many (`num_splits`).
+  So short rows are spread over many programs, and long ones leave few states;
+- within a split, tiles of TILE_K slots go through an online softmax; the states of splits (fp32) are folded ascending,
+  the own block's last;
 - keys that a query does not see are exact no-ops, in a tile as in a split that it does not reach.
 
-Who computes a state changes none of this. The shapes of a pass choose among three ways (`Plan`): a program reads one
-split, so that few rows fill the GPU; or one span, so that the scratch and its traffic stay small; or all of a row, when
-there are programs enough, as in prefill. The first two leave states in a scratch of
-(cdiv(M * S, unit slots) + 1) * R * N * (H + 2) * 4 bytes, which a second kernel folds: for Qwen3-8B at 40k slots, 21 MB
-for 32 positions (84 MB had every split its own state). Lengths and tables are read on the device.
+Who computes a state changes none of this. The shapes of a pass choose among two ways (`Plan`): a program reads one
+split and leaves its state in a scratch of (num_splits + 1) * R * N * (H + 2) * 4 bytes, which a second kernel folds; or
+it reads all of a row, when there are programs enough, as in prefill. For Qwen3-8B at 40k slots, the scratch of 32
+positions is 28 MB, beside 168 MB of keys and values. Lengths and tables are read on the device.
 
 The kernels are Triton's (`attention_kernels.py`). B, R, N, G, H, P, S, M as in `engine/reference.py`.
 """
@@ -23,17 +24,21 @@ import triton
 from torch import Tensor
 
 from orthrus.engine.kernels import attention_kernels
+from orthrus.engine.kernels.overlap import overlap
 from orthrus.engine.reference import Pages
 
 kernels: Any = attention_kernels
 
 LOG2E = 1.4426950408889634
 
-SPLIT_SLOTS = 256
-"""A state begins anew at multiples of this. Pages lie within splits: S divides it."""
+FIRST_SLOTS = 128
+"""Slots of the first splits, a multiple of every TILE_K."""
 
-SPAN_SPLITS = 4
-"""Splits that are folded before their span is."""
+SHARE = 4
+"""A split doubles in size when SHARE of that size lie before it: it has at most a SHARE-th of the slots before it."""
+
+DOUBLINGS = 3
+"""How often splits double: the largest have FIRST_SLOTS << DOUBLINGS slots."""
 
 TILE_K = {2: 64, 4: 32}
 """Slots of a tile, by bytes of an element. A constant: it decides the order of sums."""
@@ -45,14 +50,11 @@ TILES_M = {
 """Query heads of a tile, by bytes of an element: the smallest tile that holds a pass's, or the last. In bf16 a warp has
 16 of them and all slots of a tile in either size, and Hopper's MMA needs 64, so one position is not given fewer."""
 
-MERGE = dict(TILE_M=4, num_warps=4)
-"""Query heads that a program folds the states of."""
+MERGE = dict(TILE_M=4, num_warps=4, AHEAD=8)
+"""Query heads that a program folds the states of, a warp each, and how many states it loads at a time."""
 
-SPLIT_PROGRAMS = 1024
-"""Programs above which one reads a span rather than a split: some 8 for each multiprocessor."""
-
-ALL_PROGRAMS = 64
-"""Programs of whole rows that suffice where the scratch would exceed SCRATCH_BYTES."""
+ALL_PROGRAMS = 128
+"""Programs of whole rows that suffice where the scratch would exceed SCRATCH_BYTES: about one a multiprocessor."""
 
 SCRATCH_BYTES = 64 << 20
 
@@ -62,9 +64,8 @@ class Plan(NamedTuple):
 
     num_tiles: int
     """Tiles of a row's query heads that share a key head."""
-    unit: int
-    """Splits that a program reads; 0: a program reads all of a row."""
-    num_units: int
+    num_splits: int
+    """Splits of a row; 0: a program reads all of them."""
 
 
 def attend(
@@ -87,30 +88,37 @@ def attend(
     read = (q_RNH, *pages, own_keys, own_values, widths_B)
     strides = (*pages.keys_PSGH.stride()[:3], *pages.values_PSGH.stride()[:3])
     sizes = dict(
-        H=head_dim, BLOCK_H=max(16, triton.next_power_of_2(head_dim)), HAS_OWN=own is not None, SPLIT=SPLIT_SLOTS
-    )
+        H=head_dim, BLOCK_H=max(16, triton.next_power_of_2(head_dim)), HAS_OWN=own is not None,
+        FIRST=FIRST_SLOTS, SHARE=SHARE, DOUBLINGS=DOUBLINGS,
+    ) | overlap(q_RNH)  # fmt: skip
     sizes_of_read = sizes | dict(
         GROUP=num_heads // num_groups, S=num_slots, TILE_K=TILE_K[q_RNH.element_size()],
         BY="ieee" if q_RNH.dtype == torch.float32 else "tf32",  # of no effect below fp32
     ) | tile  # fmt: skip
     by_2, table_pages, heads = scale * LOG2E, pages.tables_BM.shape[1], len(pages.lengths_B) * num_groups
-    if not plan.unit:
+    if not plan.num_splits:
         kernels.read_all[plan.num_tiles, heads](
-            *read, out, *strides, by_2, table_pages, width, num_groups, SPAN=SPAN_SPLITS, **sizes_of_read
+            *read, out, *strides, by_2, table_pages, width, num_groups, **sizes_of_read
         )
         return out.flatten(1)
-    num_parts = plan.num_units + (own is not None)
+    num_parts = plan.num_splits + (own is not None)
     acc = q_RNH.new_empty(num_parts, num_rows, num_heads, head_dim, dtype=torch.float32)
     peak, total = q_RNH.new_empty(2, num_parts, num_rows, num_heads, dtype=torch.float32)
-    kernels.read_unit[plan.num_tiles * num_parts, heads](
+    kernels.read_part[plan.num_tiles * num_parts, heads](
         *read, acc, peak, total, *strides, by_2, table_pages, num_rows, width, num_groups, plan.num_tiles,
-        plan.num_units, UNIT=plan.unit, **sizes_of_read,
+        plan.num_splits, **sizes_of_read,
     )  # fmt: skip
     kernels.merge[(triton.cdiv(num_rows * num_heads, MERGE["TILE_M"]),)](
-        acc, peak, total, pages.lengths_B, out, by_2, num_rows, width, num_heads, plan.num_units,
-        SPAN=SPAN_SPLITS, UNIT=plan.unit, **MERGE, **sizes,
-    )  # fmt: skip
+        acc, peak, total, pages.lengths_B, out, num_rows, width, num_heads, plan.num_splits, **MERGE, **sizes
+    )
     return out.flatten(1)
+
+
+def num_splits(num_slots: int) -> int:
+    """Splits that begin below `num_slots`: split i begins at (i - SHARE * d) * (FIRST_SLOTS << d), d being how often
+    sizes have doubled, min(max(i // SHARE - 1, 0), DOUBLINGS)."""
+    doublings = sum(num_slots > (SHARE * FIRST_SLOTS << i) for i in range(1, DOUBLINGS + 1))
+    return SHARE * doublings + triton.cdiv(num_slots, FIRST_SLOTS << doublings)
 
 
 def spread(shape: torch.Size, pages: Pages, *, width: int, tile_m: int) -> Plan:
@@ -119,20 +127,14 @@ def spread(shape: torch.Size, pages: Pages, *, width: int, tile_m: int) -> Plan:
     num_batch, num_pages = pages.tables_BM.shape
     num_slots, num_groups = pages.keys_PSGH.shape[1:3]
     num_tiles = triton.cdiv(width * num_heads // num_groups, tile_m)
-    num_splits = triton.cdiv(num_pages * num_slots, SPLIT_SLOTS)
-    programs = num_tiles * num_batch * num_groups
-    if programs * num_splits <= SPLIT_PROGRAMS:
-        unit = 1
-    elif programs < ALL_PROGRAMS or _scratch_bytes(num_splits, num_rows * num_heads, head_dim) <= SCRATCH_BYTES:
-        unit = SPAN_SPLITS
-    else:
-        unit = 0
-    return Plan(num_tiles, unit, triton.cdiv(num_splits, unit) if unit else 0)
+    splits = num_splits(num_pages * num_slots)
+    is_small = _scratch_bytes(splits, num_rows * num_heads, head_dim) <= SCRATCH_BYTES
+    return Plan(num_tiles, splits if is_small or num_tiles * num_batch * num_groups < ALL_PROGRAMS else 0)
 
 
-def _scratch_bytes(num_splits: int, num_heads: int, head_dim: int) -> int:
-    """Bytes of the states of all spans and an own block."""
-    return (triton.cdiv(num_splits, SPAN_SPLITS) + 1) * num_heads * (head_dim + 2) * 4
+def _scratch_bytes(splits: int, num_heads: int, head_dim: int) -> int:
+    """Bytes of the states of all splits and an own block."""
+    return (splits + 1) * num_heads * (head_dim + 2) * 4
 
 
 def _tile(num_heads: int, element_size: int) -> dict[str, int]:
@@ -145,9 +147,6 @@ def _check(
     q: Tensor, pages: Pages, *, width: int, scale: float, own: tuple[Tensor, Tensor] | None, widths_B: Tensor | None
 ) -> None:
     """What the kernels take for granted: they would read other numbers otherwise."""
-    page_slots = pages.keys_PSGH.shape[1]
-    if SPLIT_SLOTS % page_slots:
-        raise ValueError(f"a page must hold a divisor of {SPLIT_SLOTS} slots, got {page_slots}")
     assert len(q) == len(pages.lengths_B) * width, "a pass has `width` positions of each row"
     assert scale > 0, "the largest score must stay the largest when scaled"
     assert q.is_contiguous() and pages.tables_BM.is_contiguous(), "queries and tables lie together"

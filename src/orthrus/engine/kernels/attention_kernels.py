@@ -1,7 +1,8 @@
-"""The Triton kernels of `engine/kernels/attention.py`, which says what splits, spans and units are.
+"""The Triton kernels of `engine/kernels/attention.py`, which says what splits are.
 
-M and K = query heads and keys of a tile; U = parts in the scratch, the block's own among them. The state of a softmax
-is (acc, peak, total): values mixed by 2^((score - peak) * scale), the largest raw score, and the sum of those powers.
+M and K = query heads and keys of a tile; U = parts in the scratch: splits, and the block's own keys behind them.
+The state of a softmax is (acc, peak, total): values mixed by 2^(score * scale - peak), the largest scaled score, and
+the sum of those powers.
 """
 
 # pyrefly: ignore-errors
@@ -10,21 +11,23 @@ is (acc, peak, total): values mixed by 2^((score - peak) * scale), the largest r
 import triton
 import triton.language as tl
 
+from orthrus.engine.kernels.overlap import follow
+
 NOTHING = tl.constexpr(-1.0e30)
 """The peak of no keys. Finite, so that scores of -inf below it are weights of exactly 0 and not NaN."""
 
-SHAPES = ["table_pages", "num_rows", "width", "num_groups", "num_heads", "num_tiles", "num_units"]
+SHAPES = ["table_pages", "num_rows", "width", "num_groups", "num_heads", "num_tiles", "num_splits"]
 """Arguments that no kernel is compiled anew for: passes of one position and of many run the same instructions."""
 
 
 @triton.jit
-def _fold(acc, peak, total, later_acc, later_peak, later_total, scale):
+def _fold(acc, peak, total, later_acc, later_peak, later_total):
     """The softmax of two sets of keys. Exact where either has none.
 
     Products and sums are spelled as fma: what a compiler may contract, two kernels could round differently.
     """
     top = tl.maximum(peak, later_peak)
-    fade, join = tl.exp2((peak - top) * scale), tl.exp2((later_peak - top) * scale)
+    fade, join = tl.exp2(peak - top), tl.exp2(later_peak - top)
     acc = tl.fma(later_acc, tl.broadcast_to(join[:, None], later_acc.shape), acc * fade[:, None])
     return acc, top, tl.fma(later_total, join, total * fade)
 
@@ -37,49 +40,69 @@ def _none(TILE_M: tl.constexpr, BLOCK_H: tl.constexpr):
 
 
 @triton.jit
-def _mix(acc, peak, total, q, k_rows, v_rows, places, end, stop_M, dims, is_dim, scale, BY: tl.constexpr):
-    """One more tile of keys, those at `places` below `end`; a query sees those below its `stop`."""
-    is_there = (places < end)[:, None] & is_dim[None, :]
-    k = tl.load(k_rows[:, None] + dims[None, :], mask=is_there, other=0.0)
-    scores = tl.dot(q, tl.trans(k), input_precision=BY)
-    scores = tl.where(places[None, :] < stop_M[:, None], scores, -float("inf"))
-    top = tl.maximum(peak, tl.max(scores, 1))
-    weights = tl.exp2((scores - top[:, None]) * scale)
-    fade = tl.exp2((peak - top) * scale)
-    v = tl.load(v_rows[:, None] + dims[None, :], mask=is_there, other=0.0)
-    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=BY)
-    return acc, top, tl.fma(total, fade, tl.sum(weights, 1))
+def _octave(split, FIRST: tl.constexpr, SHARE: tl.constexpr, DOUBLINGS: tl.constexpr):
+    """How often the size of a split has doubled: it begins at (split - SHARE * octave) * (FIRST << octave)."""
+    return tl.minimum(tl.maximum(split // SHARE - 1, 0), DOUBLINGS)
 
 
 @triton.jit
-def _splits(q, K, V, TABLE, kp, ks, vp, vs, first, last, end, stop_M, dims, is_dim, scale,
-            S: tl.constexpr, SPLIT: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, BLOCK_H: tl.constexpr,
-            BY: tl.constexpr):  # fmt: skip
-    """The state of splits first .. last - 1, each begun anew and folded in ascending order."""
-    acc, peak, total = _none(TILE_M, BLOCK_H)
-    for split in range(first, last):
-        one_acc, one_peak, one_total = _none(TILE_M, BLOCK_H)
-        for at in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, end), TILE_K):
-            slots = at + tl.arange(0, TILE_K)
-            page = tl.load(TABLE + slots // S, mask=slots < end, other=0).to(tl.int64)
-            one_acc, one_peak, one_total = _mix(
-                one_acc, one_peak, one_total, q, K + page * kp + slots % S * ks, V + page * vp + slots % S * vs,
-                slots, end, stop_M, dims, is_dim, scale, BY,
-            )  # fmt: skip
-        acc, peak, total = _fold(acc, peak, total, one_acc, one_peak, one_total, scale)
-    return acc, peak, total
+def _num_splits(end, FIRST: tl.constexpr, SHARE: tl.constexpr, DOUBLINGS: tl.constexpr):
+    """Splits that begin below `end`."""
+    octave = 0
+    for i in tl.static_range(1, DOUBLINGS + 1):
+        octave += (end > (SHARE * FIRST << i)).to(tl.int32)
+    size = FIRST << octave
+    return SHARE * octave + (end + size - 1) // size
 
 
 @triton.jit
-def _own_block(q, K, V, stride, stop, dims, is_dim, scale,
-               TILE_M: tl.constexpr, TILE_K: tl.constexpr, BLOCK_H: tl.constexpr, BY: tl.constexpr):  # fmt: skip
-    """The state of a draft pass's own block, whose first `stop` positions all queries see."""
+def _page(TABLE, at, table_pages, is_own, S: tl.constexpr, TILE_K: tl.constexpr):
+    """The page of each slot of a tile; one number where a tile lies within a page. An own block is its own table.
+
+    Needs no length, so that it is looked up while the length is; a page behind a row's last is never read.
+    """
+    index = (at if S % TILE_K == 0 else at + tl.arange(0, TILE_K)) // S
+    page = tl.load(TABLE + tl.minimum(index, table_pages - 1))
+    return tl.where(is_own, index, page).to(tl.int64)
+
+
+@triton.jit
+def _at(X, page, at, page_stride, stride, dims, S: tl.constexpr, TILE_K: tl.constexpr):
+    """Where the keys or values of a tile's slots are. A tile within a page has one 64-bit address and small offsets."""
+    i = tl.arange(0, TILE_K)
+    if S % TILE_K == 0:
+        return X + page * page_stride + ((at % S + i)[:, None] * stride + dims[None, :])
+    else:
+        return (X + page * page_stride + (at + i) % S * stride)[:, None] + dims[None, :]
+
+
+@triton.jit
+def _read(q, K, V, TABLE, table_pages, kp, ks, vp, vs, first, last, end, stop_M, is_own, dims, is_dim, scale,
+          S: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, BLOCK_H: tl.constexpr,
+          BY: tl.constexpr):  # fmt: skip
+    """The state of the keys at slots first .. last - 1, of which a query sees those below its `stop`; `end`: the last.
+
+    A tile's page is looked up one tile ahead: keys are copied ahead only if their addresses wait for no load.
+    """
     acc, peak, total = _none(TILE_M, BLOCK_H)
-    stop_M = tl.zeros([TILE_M], tl.int32) + stop
-    for at in range(0, stop, TILE_K):
-        places = at + tl.arange(0, TILE_K)
-        acc, peak, total = _mix(acc, peak, total, q, K + places * stride, V + places * stride, places, stop, stop_M,
-                                dims, is_dim, scale, BY)  # fmt: skip
+    all_see = tl.min(stop_M, 0)
+    page = _page(TABLE, first, table_pages, is_own, S, TILE_K)
+    for at in range(first, last, TILE_K):
+        slots = at + tl.arange(0, TILE_K)
+        is_there = (slots < end)[:, None] & is_dim[None, :]
+        k = tl.load(_at(K, page, at, kp, ks, dims, S, TILE_K), mask=is_there, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=BY)
+        if at + TILE_K > all_see:
+            scores = tl.where(slots[None, :] < stop_M[:, None], scores, -float("inf"))
+        top = tl.maximum(peak, tl.max(scores, 1) * scale)
+        shift = tl.broadcast_to(-top[:, None], scores.shape)
+        weights = tl.exp2(tl.fma(scores, tl.full(scores.shape, scale, tl.float32), shift))
+        fade = tl.exp2(peak - top)
+        v = tl.load(_at(V, page, at, vp, vs, dims, S, TILE_K), mask=is_there, other=0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=BY)
+        total = tl.fma(total, fade, tl.sum(weights, 1))
+        peak = top
+        page = _page(TABLE, at + TILE_K, table_pages, is_own, S, TILE_K)
     return acc, peak, total
 
 
@@ -104,35 +127,56 @@ def _store(OUT, heads_M, acc, total, is_query, dims, is_dim, H: tl.constexpr):
     tl.store(out, mixed.to(OUT.dtype.element_ty), mask=is_query[:, None] & is_dim[None, :])
 
 
+@triton.jit
+def _part(part, num_splits, K, V, OWN_K, OWN_V, WIDTHS, kp, ks, kg, vp, vs, vg, b, g, width, num_groups, stop_M,
+          FIRST: tl.constexpr, SHARE: tl.constexpr, DOUBLINGS: tl.constexpr, H: tl.constexpr, S: tl.constexpr,
+          HAS_OWN: tl.constexpr):  # fmt: skip
+    """Where a part's keys lie: a split of the pages, or, behind all splits, the block's own as pages in a row."""
+    octave = _octave(part, FIRST, SHARE, DOUBLINGS)
+    size = FIRST << octave
+    first = (part - SHARE * octave) * size
+    K += g * kg
+    V += g * vg
+    is_own = part < 0  # never
+    if HAS_OWN:
+        is_own = part == num_splits
+        own_stride = num_groups * H
+        block = b * width * own_stride + g * H
+        K, V = tl.where(is_own, OWN_K + block, K), tl.where(is_own, OWN_V + block, V)
+        kp, ks = tl.where(is_own, own_stride * S, kp), tl.where(is_own, own_stride, ks)
+        vp, vs = tl.where(is_own, own_stride * S, vp), tl.where(is_own, own_stride, vs)
+        first, size = tl.where(is_own, 0, first), tl.where(is_own, width, size)
+        stop_M = tl.where(is_own, tl.minimum(tl.load(WIDTHS + b), width), stop_M)
+    end = tl.max(stop_M, 0)
+    return K, V, kp, ks, vp, vs, first, tl.minimum(first + size, end), end, stop_M, is_own
+
+
 @triton.jit(do_not_specialize=SHAPES)
-def read_unit(
+def read_part(
     Q, K, V, TABLES, LENGTHS, OWN_K, OWN_V, WIDTHS, ACC, PEAK, TOTAL,
-    kp, ks, kg, vp, vs, vg, scale, table_pages, num_rows, width, num_groups, num_tiles, num_units,
+    kp, ks, kg, vp, vs, vg, scale, table_pages, num_rows, width, num_groups, num_tiles, num_splits,
     GROUP: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, S: tl.constexpr, HAS_OWN: tl.constexpr,
-    SPLIT: tl.constexpr, UNIT: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, BY: tl.constexpr,
+    FIRST: tl.constexpr, SHARE: tl.constexpr, DOUBLINGS: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_K: tl.constexpr, BY: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
-    """One unit of one tile of queries: its state to the scratch, [U, R * N, H] and [U, R * N]. Unit num_units: own."""
-    tile, unit = tl.program_id(0) % num_tiles, tl.program_id(0) // num_tiles
+    """One part of one tile of queries: its state to the scratch, [U, R * N, H] and [U, R * N]. Part num_splits: own."""
+    follow(HOPPER)
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # later splits are larger: those first
+    tile, part = program % num_tiles, program // num_tiles
     b, g = (tl.program_id(1) // num_groups).to(tl.int64), tl.program_id(1) % num_groups
     num_heads = num_groups * GROUP
     dims = tl.arange(0, BLOCK_H)
     is_dim = dims < H
     q, heads_M, is_query, stop_M = _queries(Q, b, g, tile, tl.load(LENGTHS + b), width, num_heads, dims, is_dim,
                                             GROUP, H, TILE_M, HAS_OWN)  # fmt: skip
-    end = tl.max(stop_M, 0)
-    last = tl.minimum((unit + 1) * UNIT, tl.cdiv(end, SPLIT))
-    acc, peak, total = _splits(q, K + g * kg, V + g * vg, TABLES + b * table_pages, kp, ks, vp, vs, unit * UNIT, last,
-                               end, stop_M, dims, is_dim, scale, S, SPLIT, TILE_M, TILE_K, BLOCK_H, BY)  # fmt: skip
-    is_read = unit * UNIT < last
-    if HAS_OWN:
-        if unit == num_units:
-            block = (b * width * num_groups + g) * H
-            acc, peak, total = _own_block(q, OWN_K + block, OWN_V + block, num_groups * H,
-                                          tl.minimum(tl.load(WIDTHS + b), width), dims, is_dim, scale,
-                                          TILE_M, TILE_K, BLOCK_H, BY)  # fmt: skip
-        is_read = is_read | (unit == num_units)
-    to = unit.to(tl.int64) * num_rows * num_heads + heads_M
-    if is_read:
+    K, V, kp, ks, vp, vs, first, last, end, stop_M, is_own = _part(
+        part, num_splits, K, V, OWN_K, OWN_V, WIDTHS, kp, ks, kg, vp, vs, vg, b, g, width, num_groups, stop_M,
+        FIRST, SHARE, DOUBLINGS, H, S, HAS_OWN,
+    )  # fmt: skip
+    acc, peak, total = _read(q, K, V, TABLES + b * table_pages, table_pages, kp, ks, vp, vs, first, last, end, stop_M,
+                             is_own, dims, is_dim, scale, S, TILE_M, TILE_K, BLOCK_H, BY)  # fmt: skip
+    to = part * num_rows * num_heads + heads_M
+    if (first < last) | is_own:
         tl.store(ACC + to[:, None] * H + dims[None, :], acc, mask=is_query[:, None] & is_dim[None, :])
         tl.store(PEAK + to, peak, mask=is_query)
         tl.store(TOTAL + to, total, mask=is_query)
@@ -140,40 +184,40 @@ def read_unit(
 
 @triton.jit(do_not_specialize=SHAPES)
 def merge(
-    ACC, PEAK, TOTAL, LENGTHS, OUT, scale, num_rows, width, num_heads, num_units,
-    H: tl.constexpr, BLOCK_H: tl.constexpr, HAS_OWN: tl.constexpr,
-    SPLIT: tl.constexpr, SPAN: tl.constexpr, UNIT: tl.constexpr, TILE_M: tl.constexpr,
+    ACC, PEAK, TOTAL, LENGTHS, OUT, num_rows, width, num_heads, num_splits,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, HAS_OWN: tl.constexpr, FIRST: tl.constexpr, SHARE: tl.constexpr,
+    DOUBLINGS: tl.constexpr, TILE_M: tl.constexpr, AHEAD: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
-    """A tile of query heads: units folded to spans, spans to all, each in ascending order, the own block last."""
-    heads_M = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
+    """A tile of query heads: the states of splits folded in ascending order, the own block's last.
+
+    AHEAD states are loaded at a time, so that a row waits for memory once for as many.
+    """
+    follow(HOPPER)
+    heads_M = (tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)).to(tl.int64)
     is_head = heads_M < num_rows * num_heads
     row_M = tl.where(is_head, heads_M // num_heads, 0)
     stop_M = tl.load(LENGTHS + row_M // width) + (row_M * 0 if HAS_OWN else row_M % width + 1)
     dims = tl.arange(0, BLOCK_H)
     is_dim = dims < H
-    UNITS: tl.constexpr = SPAN // UNIT
     acc, peak, total = _none(TILE_M, BLOCK_H)
-    for span in range(0, tl.cdiv(tl.max(stop_M, 0), SPAN * SPLIT)):
-        span_acc, span_peak, span_total = _none(TILE_M, BLOCK_H)
-        for i in tl.static_range(UNITS):
-            unit = span * UNITS + i
-            is_read = is_head & (unit * (UNIT * SPLIT) < stop_M)
-            part_acc, part_peak, part_total = _part(ACC, PEAK, TOTAL, unit, num_rows, num_heads, heads_M, is_read,
-                                                    dims, is_dim, H)  # fmt: skip
-            span_acc, span_peak, span_total = _fold(span_acc, span_peak, span_total,
-                                                    part_acc, part_peak, part_total, scale)  # fmt: skip
-        acc, peak, total = _fold(acc, peak, total, span_acc, span_peak, span_total, scale)
+    for first in range(0, _num_splits(tl.max(stop_M, 0), FIRST, SHARE, DOUBLINGS), AHEAD):
+        for i in tl.static_range(AHEAD):
+            octave = _octave(first + i, FIRST, SHARE, DOUBLINGS)
+            is_read = is_head & ((first + i - SHARE * octave) * (FIRST << octave) < stop_M)
+            later_acc, later_peak, later_total = _state(ACC, PEAK, TOTAL, first + i, num_rows, num_heads, heads_M,
+                                                        is_read, dims, is_dim, H)  # fmt: skip
+            acc, peak, total = _fold(acc, peak, total, later_acc, later_peak, later_total)
     if HAS_OWN:
-        part_acc, part_peak, part_total = _part(ACC, PEAK, TOTAL, num_units, num_rows, num_heads, heads_M, is_head,
-                                                dims, is_dim, H)  # fmt: skip
-        acc, peak, total = _fold(acc, peak, total, part_acc, part_peak, part_total, scale)
+        later_acc, later_peak, later_total = _state(ACC, PEAK, TOTAL, num_splits, num_rows, num_heads, heads_M,
+                                                    is_head, dims, is_dim, H)  # fmt: skip
+        acc, peak, total = _fold(acc, peak, total, later_acc, later_peak, later_total)
     _store(OUT, heads_M, acc, total, is_head, dims, is_dim, H)
 
 
 @triton.jit
-def _part(ACC, PEAK, TOTAL, unit, num_rows, num_heads, heads_M, is_read, dims, is_dim, H: tl.constexpr):
-    """What `read_unit` stored, or the state of no keys where it did not read the unit."""
-    at = unit.to(tl.int64) * num_rows * num_heads + heads_M
+def _state(ACC, PEAK, TOTAL, part, num_rows, num_heads, heads_M, is_read, dims, is_dim, H: tl.constexpr):
+    """What `read_part` stored, or the state of no keys where a query sees none of the part's."""
+    at = part * num_rows * num_heads + heads_M
     acc = tl.load(ACC + at[:, None] * H + dims[None, :], mask=is_read[:, None] & is_dim[None, :], other=0.0)
     return acc, tl.load(PEAK + at, mask=is_read, other=NOTHING), tl.load(TOTAL + at, mask=is_read, other=0.0)
 
@@ -183,29 +227,26 @@ def read_all(
     Q, K, V, TABLES, LENGTHS, OWN_K, OWN_V, WIDTHS, OUT,
     kp, ks, kg, vp, vs, vg, scale, table_pages, width, num_groups,
     GROUP: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, S: tl.constexpr, HAS_OWN: tl.constexpr,
-    SPLIT: tl.constexpr, SPAN: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, BY: tl.constexpr,
+    FIRST: tl.constexpr, SHARE: tl.constexpr, DOUBLINGS: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_K: tl.constexpr, BY: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries from its first key to its last: the folds of `read_unit` and `merge` without the scratch."""
+    """One tile of queries from its first key to its last: the folds of `merge` without the scratch."""
+    follow(HOPPER)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # later queries read more: those first
     b, g = (tl.program_id(1) // num_groups).to(tl.int64), tl.program_id(1) % num_groups
     dims = tl.arange(0, BLOCK_H)
     is_dim = dims < H
     q, heads_M, is_query, stop_M = _queries(Q, b, g, tile, tl.load(LENGTHS + b), width, num_groups * GROUP, dims,
                                             is_dim, GROUP, H, TILE_M, HAS_OWN)  # fmt: skip
-    end = tl.max(stop_M, 0)
-    num_splits = tl.cdiv(end, SPLIT)
+    num_splits = _num_splits(tl.max(stop_M, 0), FIRST, SHARE, DOUBLINGS)
     acc, peak, total = _none(TILE_M, BLOCK_H)
-    for first in range(0, num_splits, SPAN):
-        one_acc, one_peak, one_total = _splits(
-            q, K + g * kg, V + g * vg, TABLES + b * table_pages, kp, ks, vp, vs, first,
-            tl.minimum(first + SPAN, num_splits), end, stop_M, dims, is_dim, scale,
-            S, SPLIT, TILE_M, TILE_K, BLOCK_H, BY,
+    for part in range(0, num_splits + HAS_OWN):
+        k_part, v_part, kp_, ks_, vp_, vs_, first, last, end, stop_, is_own = _part(
+            part, num_splits, K, V, OWN_K, OWN_V, WIDTHS, kp, ks, kg, vp, vs, vg, b, g, width, num_groups, stop_M,
+            FIRST, SHARE, DOUBLINGS, H, S, HAS_OWN,
         )  # fmt: skip
-        acc, peak, total = _fold(acc, peak, total, one_acc, one_peak, one_total, scale)
-    if HAS_OWN:
-        block = (b * width * num_groups + g) * H
-        one_acc, one_peak, one_total = _own_block(q, OWN_K + block, OWN_V + block, num_groups * H,
-                                                  tl.minimum(tl.load(WIDTHS + b), width), dims, is_dim, scale,
-                                                  TILE_M, TILE_K, BLOCK_H, BY)  # fmt: skip
-        acc, peak, total = _fold(acc, peak, total, one_acc, one_peak, one_total, scale)
+        one_acc, one_peak, one_total = _read(q, k_part, v_part, TABLES + b * table_pages, table_pages, kp_, ks_,
+                                             vp_, vs_, first, last, end, stop_, is_own, dims, is_dim, scale,
+                                             S, TILE_M, TILE_K, BLOCK_H, BY)  # fmt: skip
+        acc, peak, total = _fold(acc, peak, total, one_acc, one_peak, one_total)
     _store(OUT, heads_M, acc, total, is_query, dims, is_dim, H)

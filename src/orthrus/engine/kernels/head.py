@@ -11,17 +11,18 @@ from torch import Tensor
 
 from orthrus.engine.kernels import head_kernels
 from orthrus.engine.kernels.linear import check_operands, settings, tiles_of
+from orthrus.engine.kernels.overlap import overlap
 
 kernels: Any = head_kernels
 
 
-def head_argmax(x_RD: Tensor, weight_VD: Tensor) -> Tensor:
+def head_argmax(x_RD: Tensor, weight_VD: Tensor, *, scale_V: Tensor | None = None) -> Tensor:
     """The largest logit's token, the lowest id among equals, of logits rounded to the dtype of x. int64 [R].
 
     Cut as `linear` cuts it, so that the logits compared have the bits that `linear` gives. A row with a NaN gets the
     id of its first NaN or infinite logit.
     """
-    check_operands(x_RD, weight_VD)
+    check_operands(x_RD, weight_VD, scale_V)
     num_rows, vocab_size = len(x_RD), len(weight_VD)
     out = x_RD.new_empty(num_rows, dtype=torch.long)
     if num_rows == 0:
@@ -32,9 +33,9 @@ def head_argmax(x_RD: Tensor, weight_VD: Tensor) -> Tensor:
     values = x_RD.new_empty(num_rows, num_tiles, dtype=torch.float32)
     ids = x_RD.new_empty(num_rows, num_tiles, dtype=torch.int32)
     kernels.tile_largest[triton.cdiv(num_rows, how["BLOCK_R"]), num_tiles](
-        x_RD, weight_VD, values, ids, x_RD.stride(0), num_rows, vocab_size, num_tiles, **how
+        x_RD, weight_VD, scale_V, values, ids, x_RD.stride(0), num_rows, vocab_size, num_tiles, **how
     )
     kernels.row_largest[(num_rows,)](
-        values, ids, out, num_tiles, BLOCK=triton.next_power_of_2(num_tiles), enable_fp_fusion=False
+        values, ids, out, num_tiles, BLOCK=triton.next_power_of_2(num_tiles), enable_fp_fusion=False, **overlap(x_RD)
     )
     return out

@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from orthrus.engine.kernels import linear_kernels
+from orthrus.engine.kernels.overlap import overlap
 
 kernels: Any = linear_kernels
 
@@ -33,6 +34,9 @@ class Tiles(NamedTuple):
     num_warps: int
     num_stages: int
     """Blocks of inputs in flight; fewer where shared memory does not hold them. Changes no bits."""
+    AHEAD: int = 512
+    """Bytes of each weight row that a program asks for before the kernel before it is done: 0, or a multiple of 512, or
+    less than that. Changes no bits."""
 
 
 TILES: dict[tuple[int, int, int], Tiles] = {}
@@ -80,39 +84,85 @@ def swiglu(x_RD: Tensor, weight_2FD: Tensor, *, scale_2F: Tensor | None = None) 
     return _multiply(x_RD, weight_2FD, scale_2F, None, None, is_gated=True)
 
 
+def linear_and_norm(
+    x_RD: Tensor,
+    weight_ED: Tensor,
+    *,
+    norm_E: Tensor,
+    eps: float,
+    residual_RE: Tensor | None = None,
+    bias_E: Tensor | None = None,
+    scale_E: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`linear`, and the RMS norm of what it gives. [R, E] both."""
+    parts_SRE = parts(x_RD, weight_ED, scale_E, bias_E)
+    num_rows, num_outputs = parts_SRE.shape[1:]
+    out, normed = x_RD.new_empty(2, num_rows, num_outputs)
+    check_residual(residual_RE, out)
+    assert norm_E.shape == (num_outputs,) and norm_E.is_contiguous(), "a norm has a weight for each output"
+    if num_rows:
+        block = triton.next_power_of_2(num_outputs)
+        kernels.add_up_and_norm[(num_rows,)](
+            parts_SRE, scale_E, bias_E, residual_RE, norm_E, out, normed,
+            0 if residual_RE is None else residual_RE.stride(0), parts_SRE.stride(0), num_outputs, eps,
+            SPLITS=len(parts_SRE), BLOCK=block, num_warps=min(8, max(1, block // 512)), enable_fp_fusion=False,
+            **overlap(x_RD),
+        )  # fmt: skip
+    return out, normed
+
+
+def parts(x_RD: Tensor, weight_ED: Tensor, *by_output: Tensor | None) -> Tensor:
+    """The parts of x . weight', to be added in order and then finished by another kernel. fp32 [S, R, E].
+
+    Either SPLITS of them, or, with more than MAX_SPREAD_ROWS rows, their sum in that order.
+    """
+    check_operands(x_RD, weight_ED, *by_output)
+    num_rows, num_outputs = len(x_RD), len(weight_ED)
+    tiles = tiles_of(weight_ED)
+    is_spread = tiles.SPLITS > 1 and num_rows <= MAX_SPREAD_ROWS
+    parts_SRE = x_RD.new_empty(tiles.SPLITS if is_spread else 1, num_rows, num_outputs, dtype=torch.float32)
+    if num_rows == 0:
+        return parts_SRE
+    how = settings(x_RD, weight_ED, tiles)
+    grid = triton.cdiv(num_rows, how["BLOCK_R"]), triton.cdiv(num_outputs, tiles.BLOCK_E), len(parts_SRE)
+    kernels.multiply[grid](
+        x_RD, weight_ED, None, None, None, parts_SRE, x_RD.stride(0), 0, num_rows, num_outputs,
+        SPREAD=is_spread, GATED=False, **how | (dict(SPLITS=1) if is_spread else {}),  # a program knows one part
+    )  # fmt: skip
+    return parts_SRE
+
+
+def check_residual(residual: Tensor | None, out: Tensor) -> None:
+    """Raise ValueError where the residual is not rows like the output."""
+    if residual is not None and (residual.shape != out.shape or residual.stride(1) != 1):
+        raise ValueError(f"the residual must be rows of {tuple(out.shape)}, got {tuple(residual.shape)}")
+
+
 def _multiply(
     x_RD: Tensor, weight_ED: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, *,
     is_gated: bool,
 ) -> Tensor:  # fmt: skip
     check_operands(x_RD, weight_ED, scale, bias)
-    num_rows, num_products = len(x_RD), len(weight_ED)
-    num_outputs = num_products // 2 if is_gated else num_products
+    num_rows, num_outputs = len(x_RD), len(weight_ED) // 2 if is_gated else len(weight_ED)
     out = x_RD.new_empty(num_rows, num_outputs)
-    if residual is not None and (residual.shape != out.shape or residual.stride(1) != 1):
-        raise ValueError(f"the residual must be rows of {tuple(out.shape)}, got {tuple(residual.shape)}")
+    check_residual(residual, out)
     if num_rows == 0:
         return out
     tiles = tiles_of(weight_ED)
-    how = settings(x_RD, weight_ED, tiles)
-    is_spread = tiles.SPLITS > 1 and num_rows <= MAX_SPREAD_ROWS
     residual_stride = 0 if residual is None else residual.stride(0)
-    row_tiles = triton.cdiv(num_rows, how["BLOCK_R"])
-    if not is_spread:
+    if tiles.SPLITS == 1 or num_rows > MAX_SPREAD_ROWS:
+        how = settings(x_RD, weight_ED, tiles)
         tile_outputs = tiles.BLOCK_E // 2 if is_gated else tiles.BLOCK_E
-        kernels.multiply[row_tiles, triton.cdiv(num_outputs, tile_outputs)](
+        kernels.multiply[triton.cdiv(num_rows, how["BLOCK_R"]), triton.cdiv(num_outputs, tile_outputs)](
             x_RD, weight_ED, scale, bias, residual, out, x_RD.stride(0), residual_stride, num_rows, num_outputs,
             SPREAD=False, GATED=is_gated, **how,
         )  # fmt: skip
         return out
-    parts = x_RD.new_empty(tiles.SPLITS, num_rows, num_products, dtype=torch.float32)
-    kernels.multiply[row_tiles, triton.cdiv(num_products, tiles.BLOCK_E), tiles.SPLITS](
-        x_RD, weight_ED, None, None, None, parts, x_RD.stride(0), 0, num_rows, num_products,
-        SPREAD=True, GATED=is_gated, **how,
-    )  # fmt: skip
+    parts_SRE = parts(x_RD, weight_ED)
     block = min(512, triton.next_power_of_2(num_outputs))
     kernels.add_up[num_rows, triton.cdiv(num_outputs, block)](
-        parts, scale, bias, residual, out, residual_stride, parts.stride(0), num_outputs,
-        SPLITS=tiles.SPLITS, GATED=is_gated, BLOCK=block, enable_fp_fusion=False,
+        parts_SRE, scale, bias, residual, out, residual_stride, parts_SRE.stride(0), num_outputs,
+        SPLITS=tiles.SPLITS, GATED=is_gated, BLOCK=block, enable_fp_fusion=False, **overlap(x_RD),
     )  # fmt: skip
     return out
 
@@ -127,8 +177,9 @@ def settings(x_RD: Tensor, weight_ED: Tensor, tiles: Tiles) -> dict[str, Any]:
         width=width, per_split=per_split, BLOCK_R=block_r, WHOLE=width % tiles.BLOCK_K == 0,
         BY="ieee" if x_RD.dtype == torch.float32 else "tf32",  # of no effect below fp32
         num_stages=max(1, min(tiles.num_stages, SHARED_BYTES // stage_bytes)),
+        AHEAD=tiles.AHEAD if width % 64 == per_split % 64 == 0 else 0,  # what is asked for is aligned
         enable_fp_fusion=False,
-    )  # fmt: skip
+    ) | overlap(x_RD)  # fmt: skip
 
 
 def check_operands(x_RD: Tensor, weight_ED: Tensor, *by_output: Tensor | None) -> None:

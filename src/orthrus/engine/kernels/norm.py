@@ -9,10 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from orthrus.engine.kernels.overlap import follow, overlap
+
 
 @triton.jit
-def _rms_norm(X, WEIGHT, OUT, x_stride, width, eps, BLOCK: tl.constexpr):
+def _rms_norm(X, WEIGHT, OUT, x_stride, width, eps, BLOCK: tl.constexpr, HOPPER: tl.constexpr):
     """One row."""
+    follow(HOPPER)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     x = tl.load(X + row * x_stride + at, mask=at < width, other=0.0).to(tl.float32)
@@ -35,6 +38,6 @@ def rms_norm(x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         block = triton.next_power_of_2(width)
         kernel[(num_rows,)](
             x_RD, weight_D, out, x_RD.stride(0), width, eps,
-            BLOCK=block, num_warps=min(8, max(1, block // 512)), enable_fp_fusion=False,
+            BLOCK=block, num_warps=min(8, max(1, block // 512)), enable_fp_fusion=False, **overlap(x_RD),
         )  # fmt: skip
     return out
