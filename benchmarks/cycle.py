@@ -24,9 +24,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from benchmarks.gpu import MODELS, on_device, stream_tbps
 from torch import Tensor, nn
 
-from benchmarks.gpu import MODELS, on_device, stream_tbps
 from orthrus.config import OrthrusConfig
 from orthrus.decoding.generate import OrthrusForCausalLM
 from orthrus.decoding.portable import PortableBackend
@@ -216,7 +216,9 @@ def measure_model(
     longest = max(options.context) + (options.cycles + WARM_CYCLES) * block_size
     row_counts = [batch for batch in options.batch if batch * longest < 2**20]
     num_pages = max(row_counts) * (longest // 64 + 2)
-    backend = EngineBackend(model, num_pages=num_pages, draft_precision=options.draft_precision, make_passes=ForcedPasses)
+    backend = EngineBackend(
+        model, num_pages=num_pages, draft_precision=options.draft_precision, make_passes=ForcedPasses
+    )
     passes = backend.passes
     assert isinstance(passes, ForcedPasses)
     passes.force([0] * TRACE_CYCLES)

@@ -1,177 +1,173 @@
-"""Find the fastest tiles of the engine's products on this GPU, each timed inside a whole pass.
+"""Find the fastest tiles of the engine's products on this GPU: lines for `linear.TILES`.
 
-    python benchmarks/tiles.py --model 8b                        # lines for `linear.TILES`
-    python benchmarks/tiles.py --model 8b --draft-precision fp8  # those of the copies that drafts read
+    python benchmarks/tiles.py --model 8b                  # bf16 weights
+    python benchmarks/tiles.py --model 8b --precision fp8  # the copies that drafts read
 
-A product alone, timed with nothing around it, says little of a pass: kernels overlap, and what one leaves in L2 another
-reads. So a pass of LAYERS layers and the head is captured anew for each choice: 32 positions in the diffusion view and
-in the AR view, and one position in the AR view (weighed as much as both, `--ar`). One projection is changed at a time,
-from the widest one to the narrowest: first how it is cut, then how far ahead it reads. Compiling is spread over
-processes, which share Triton's cache.
+A choice is timed by what a pass runs (parts of qkv; o and down with residual and norm; gate_up with SwiGLU; the head's
+argmax), called for one weight after another, none of them in L2, in one graph. Its time is 2 x that of 32 rows + that
+of one row: a cycle and an AR step. Compiling is spread over processes, which share Triton's cache.
 """
 
 import argparse
 import itertools
 import json
+import math
 import multiprocessing
 import statistics
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
+from benchmarks.gpu import MODELS, ModelShape
+from torch import Tensor
 
-from benchmarks.cycle import random_model
-from benchmarks.gpu import MODELS
-from orthrus.engine.engine import EngineBackend
 from orthrus.engine.kernels import head, linear
-from orthrus.engine.kernels.linear import SHARED_BYTES, Tiles, tiles_of
-from orthrus.engine.passes import Inputs, Shape
-from orthrus.engine.weights import DRAFT_PRECISIONS, Matrix
+from orthrus.engine.kernels.linear import SHARED_BYTES, Tiles
+from orthrus.engine.quantise import quantise_rows
 
-LAYERS = 4
-REPLAYS = 12
-
-
-def cuts(name: str, weight_bytes: int) -> Iterator[Tiles]:
-    """How a product may be cut."""
-    widths = (64, 128) if weight_bytes == 2 else (128, 256)
-    splits = {"head": (1,), "gate_up": (1, 2)}.get(name, (1, 2, 3, 4, 6, 8))
-    for block_e, block_k, num_splits, warps in itertools.product((64, 128), widths, splits, (4, 8)):
-        stages = max(2, min(4, SHARED_BYTES // 2 // (block_k * (block_e * weight_bytes + 64))))
-        yield Tiles(block_e, block_k, num_splits, warps, stages, 1024)
+COLD_BYTES = 256 << 20
+"""What the copies of a weight take together, at least: five times the L2 of an H200."""
+REPLAYS = 8
+SPLITS = {"head": (1,), "gate_up": (1, 2), "down": (2, 3, 4, 6, 8), "qkv": (1, 2, 3, 4), "o": (1, 2, 3, 4, 6)}
 
 
-def depths(tiles: Tiles) -> Iterator[Tiles]:
-    """How far ahead a product may read."""
-    for stages, ahead in itertools.product((2, 3, 4, 5, 6), (0, 256, 512, 1024, 2048, 4096)):
-        yield tiles._replace(num_stages=stages, AHEAD=ahead)
+def shapes_of(model: ModelShape) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of each product."""
+    width, kv_width = model.heads * model.head_dim, model.groups * model.head_dim
+    return {
+        "gate_up": (2 * model.mlp, model.hidden),
+        "down": (model.hidden, model.mlp),
+        "qkv": (width + 2 * kv_width, model.hidden),
+        "o": (model.hidden, width),
+        "head": (model.vocab, model.hidden),
+    }
 
 
-def compile_some(choices: list[Tiles], dtype: torch.dtype) -> None:
+def choices(name: str, weight_bytes: int) -> Iterator[Tiles]:
+    """Tiles that shared memory holds."""
+    blocks = (64, 128) if weight_bytes == 2 else (128, 256)
+    for block_e, block_k, splits, warps, stages in itertools.product(
+        (64, 128), blocks, SPLITS[name], (4, 8), (3, 4, 6)
+    ):
+        if stages * block_k * (block_e * weight_bytes + 32 * 2) <= SHARED_BYTES:
+            yield Tiles(block_e, block_k, splits, warps, stages)
+
+
+def call(name: str, x_RD: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor, norm: Tensor) -> None:
+    """What a pass runs."""
+    if name == "gate_up":
+        linear.swiglu(x_RD, weight, scale_2F=scale)
+    elif name == "head":
+        head.head_argmax(x_RD, weight, scale_V=scale)
+    elif name == "qkv":
+        linear.parts(x_RD, weight, scale)
+    else:
+        linear.linear_and_norm(x_RD, weight, norm_E=norm, eps=1e-6, residual_RE=residual, scale_E=scale)
+
+
+def compile_some(work: list[tuple[str, Tiles]], is_fp8: bool) -> None:
     """Compile the kernels of these choices, over operands of any size."""
-    for tiles in choices:
-        weight = torch.zeros(1024, 2048, device="cuda").to(dtype)
-        scale = torch.ones(1024, device="cuda") if dtype != torch.bfloat16 else None
-        norm = torch.ones(1024, device="cuda", dtype=torch.bfloat16)
+    for name, tiles in work:
+        weight = torch.zeros(1024, 2048, device="cuda", dtype=torch.bfloat16)
+        scale = None
+        if is_fp8:
+            weight, scale = quantise_rows(weight)
         linear.TILES[1024, 2048, weight.element_size()] = tiles
         for rows in (32, 1):
-            x = torch.zeros(rows, 2048, device="cuda", dtype=torch.bfloat16)
+            x, residual = (torch.zeros(rows, n, device="cuda", dtype=torch.bfloat16) for n in (2048, 1024))
             try:
-                linear.linear_and_norm(x, weight, norm_E=norm, eps=1e-6, scale_E=scale)
-                if tiles.SPLITS <= 2:
-                    linear.swiglu(x, weight, scale_2F=scale)
-                if tiles.SPLITS == 1:
-                    head.head_argmax(x, weight, scale_V=scale)
+                call(name, x, weight, scale, residual, residual[0])
             except Exception as error:  # noqa: BLE001 - one that does not fit is not chosen
-                print(f"# {tiles}: {type(error).__name__}", flush=True)
+                print(f"# {name} {tuple(tiles)}: {type(error).__name__}", flush=True)
     torch.cuda.synchronize()
 
 
-def compile_all(choices: list[Tiles], dtype: torch.dtype, processes: int) -> None:
+def compile_all(work: list[tuple[str, Tiles]], is_fp8: bool, processes: int) -> None:
     """Compile in parallel."""
     context = multiprocessing.get_context("spawn")
-    shares = [choices[i::processes] for i in range(processes)]
-    workers = [context.Process(target=compile_some, args=(share, dtype)) for share in shares if share]
+    workers = [context.Process(target=compile_some, args=(work[i::processes], is_fp8)) for i in range(processes)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
 
 
-def pass_us(backend: EngineBackend, inputs: dict[str, Inputs], ar_weight: float) -> tuple[float, list[float]]:
-    """Microseconds of the passes, weighed, and of each."""
-    passes = backend.passes
-    found = []
-    for name, function in (("wide", passes.draft), ("wide", passes.verify), ("one", passes.verify)):
-        own = inputs[name]
-
-        def run(function: Any = function, own: Inputs = own) -> None:
-            own.lengths_B.fill_(1024)
-            function(own)
-
+def microseconds(run: Callable[[], None], num_calls: int) -> float:
+    """Median time of a call, all of them in one graph."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         run()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        times = []
-        for _ in range(REPLAYS):
-            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begun.record()
-            graph.replay()
-            ended.record()
-            ended.synchronize()
-            times.append(begun.elapsed_time(ended))
-        found.append(statistics.median(times[2:]) * 1e3)
-    return found[0] + found[1] + ar_weight * found[2], found
+    times = []
+    for _ in range(REPLAYS):
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record()
+        graph.replay()
+        ended.record()
+        ended.synchronize()
+        times.append(begun.elapsed_time(ended))
+    return statistics.median(times[1:]) * 1e3 / num_calls
 
 
-def inputs_of(backend: EngineBackend, width: int) -> Inputs:
-    """One row of 1,024 cached tokens."""
-    inputs = Inputs(Shape(1, width, 32), spare_page=32, like_VD=backend.weights.embedding_VD)
-    inputs.write([1], [1024], [width - 1], [list(range(20))])
-    return inputs
+def best_tiles(name: str, shape: tuple[int, int], is_fp8: bool) -> tuple[Tiles, list[float]]:
+    """The fastest choice and its microseconds at 32 rows and at one."""
+    num_outputs, width = shape
+    weight = torch.randn(shape, device="cuda", dtype=torch.bfloat16) / width**0.5
+    scale = None
+    if is_fp8:
+        weight, scale = quantise_rows(weight)
+    copies = [weight, *(weight.clone() for _ in range(math.ceil(COLD_BYTES / weight.nbytes)))]
+    order = copies * max(1, 6 // len(copies))
+    inputs = [torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) for rows in (32, 1)]
+    residuals = [torch.randn(rows, num_outputs, device="cuda", dtype=torch.bfloat16) for rows in (32, 1)]
+    found = []
+    for tiles in choices(name, weight.element_size()):
+        linear.TILES[num_outputs, width, weight.element_size()] = tiles
+        try:
+            us = [
+                microseconds(
+                    lambda x=x, r=r: [call(name, x, one, scale, r, r[0]) for one in order] and None, len(order)
+                )
+                for x, r in zip(inputs, residuals, strict=True)
+            ]
+        except Exception as error:  # noqa: BLE001
+            print(f"# {name} {tuple(tiles)}: {type(error).__name__}", flush=True)
+            continue
+        found.append((2 * us[0] + us[1], tiles, us))
+    _, tiles, us = min(found)
+    return tiles, us
 
 
 def main() -> None:
-    """Print each step, and lines of `linear.TILES` last."""
+    """Print a line of `linear.TILES` for each product, and all as JSON last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, required=True)
-    parser.add_argument("--draft-precision", choices=DRAFT_PRECISIONS)
-    parser.add_argument("--ar", type=float, default=1.0, help="weight of a one-position pass")
-    parser.add_argument("--processes", type=int, default=14)
-    parser.add_argument("--seconds", type=float, default=200, help="begin no further choice after so many")
+    parser.add_argument("--model", choices=MODELS, nargs="+", required=True)
+    parser.add_argument("--product", choices=SPLITS, nargs="+", default=list(SPLITS))
+    parser.add_argument("--precision", choices=("bf16", "fp8"), nargs="+", default=["bf16"])
+    parser.add_argument("--processes", type=int, default=15)
     options = parser.parse_args()
     begun = time.perf_counter()
-    shape = MODELS[options.model]._replace(layers=LAYERS)
-    MODELS["few"] = shape
-    model = random_model("few", torch.device("cuda"), 32)
-    backend = EngineBackend(model, num_pages=64, draft_precision=options.draft_precision)
-    backend.passes.keys_LPSGH.normal_()
-    backend.passes.values_LPSGH.normal_()
-    inputs = {"wide": inputs_of(backend, 32), "one": inputs_of(backend, 1)}
-    view = "diffusion" if options.draft_precision else "ar"
-    layer = backend.weights.layers[0]
-    matrices: dict[str, Matrix] = {
-        "gate_up": layer.mlp[view].gate_up, "down": layer.mlp[view].down, "qkv": layer.attention[view].qkv,
-        "o": layer.attention[view].out, "head": backend.weights.head[view],
-    }  # fmt: skip
-    keys = {name: (*matrix.weight_ED.shape, matrix.weight_ED.element_size()) for name, matrix in matrices.items()}
-    dtype = matrices["o"].weight_ED.dtype
-    first = {name: list(cuts(name, keys[name][2])) for name in keys}
-    compile_all(sorted(set().union(*first.values())), dtype, options.processes)
-    print(f"# compiled {len(set().union(*first.values()))} in {time.perf_counter() - begun:.0f} s", flush=True)
-    best, each = pass_us(backend, inputs, options.ar)
-    print(f"# begin {best:.1f} us {[round(x, 1) for x in each]}", flush=True)
-
-    def attempt(name: str, choices: list[Tiles], best: float) -> float:
-        kept = tiles_of(matrices[name].weight_ED)
-        for tiles in choices:
-            if time.perf_counter() - begun > options.seconds:
-                break
-            linear.TILES[keys[name]] = tiles
-            try:
-                found, each = pass_us(backend, inputs, options.ar)
-            except Exception as error:  # noqa: BLE001
-                print(f"# {name} {tuple(tiles)}: {type(error).__name__}", flush=True)
-                continue
-            if found < best:
-                best, kept = found, tiles
-                print(f"# {name} {tuple(tiles)}: {best:.1f} us {[round(x, 1) for x in each]}", flush=True)
-        linear.TILES[keys[name]] = kept
-        return best
-
-    for name in keys:
-        best = attempt(name, first[name], best)
-    second = {name: list(depths(tiles_of(matrices[name].weight_ED))) for name in keys}
-    compile_all(sorted(set().union(*second.values())), dtype, options.processes)
-    print(f"# compiled {len(set().union(*second.values()))} at {time.perf_counter() - begun:.0f} s", flush=True)
-    for name in keys:
-        best = attempt(name, second[name], best)
-    for name, key in keys.items():
-        print(f"    {key}: Tiles{tuple(linear.TILES[key])},  # {options.model} {name}")
-    print(json.dumps({"model": options.model, "tiles": {name: linear.TILES[key] for name, key in keys.items()}}))
+    lines = []
+    for precision in options.precision:
+        weight_bytes = 1 if precision == "fp8" else 2
+        work = [(name, tiles) for name in options.product for tiles in choices(name, weight_bytes)]
+        unique = {(name, tiles._replace(SPLITS=min(tiles.SPLITS, 2))): (name, tiles) for name, tiles in work}
+        compile_all(list(unique.values()), precision == "fp8", options.processes)
+        print(f"# {precision}: compiled at {time.perf_counter() - begun:.0f} s", flush=True)
+        for model in options.model:
+            for name, shape in shapes_of(MODELS[model]).items():
+                if name not in options.product:
+                    continue
+                tiles, us = best_tiles(name, shape, precision == "fp8")
+                num_bytes = shape[0] * shape[1] * weight_bytes
+                lines.append((*shape, weight_bytes, *tiles))
+                print(
+                    f"    {(*shape, weight_bytes)}: Tiles{tuple(tiles)},  # {model} {name}: {us[0]:.1f} us at 32 rows, "
+                    f"{num_bytes / us[0] * 1e-6:.2f} TB/s; {us[1]:.1f} at 1",
+                    flush=True,
+                )
+    print(json.dumps({"tiles": lines, "hardware": torch.cuda.get_device_name()}))
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from orthrus.engine.kernels import attention_kernels, place_kernels
-from orthrus.engine.kernels.attention import DOUBLINGS, FIRST_SLOTS, MERGE, SHARE, TILE_K, TILES_M
+from orthrus.engine.kernels.attention import ALL_TILES, DOUBLINGS, FIRST_SLOTS, MERGE, PART_TILES, SHARE, TILE_K
 from orthrus.engine.kernels.place import TILE
 
-FP32, INT32 = dict.fromkeys(("ACC", "PEAK", "TOTAL", "QKV"), "*fp32"), dict.fromkeys(("TABLES", "LENGTHS", "WIDTHS"), "*i32")
+FP32 = dict.fromkeys(("ACC", "PEAK", "TOTAL", "QKV"), "*fp32")
+INT32 = dict.fromkeys(("TABLES", "LENGTHS", "WIDTHS"), "*i32")
 KINDS = FP32 | INT32 | dict(scale="fp32", eps="fp32")
 STRIDES = ("kp", "ks", "kg", "vp", "vs", "vg")
 
@@ -57,7 +58,7 @@ def split(tile):
 HEADS = dict(H=128, BLOCK_H=128, HOPPER=True, FIRST=FIRST_SLOTS, SHARE=SHARE, DOUBLINGS=DOUBLINGS)
 READ = HEADS | dict(GROUP=4, S=64, TILE_K=TILE_K[2], BY="tf32")
 AR, DRAFT = dict(OWN_K=None, OWN_V=None, WIDTHS=None, HAS_OWN=False), dict(HAS_OWN=True)
-few, many = (split(tile) for tile in TILES_M[2])
+few, many = split(PART_TILES[2]), split(ALL_TILES[2])
 products = set()
 for options, tile in (few, many):
     for how in (AR, DRAFT):

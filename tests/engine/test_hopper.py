@@ -13,13 +13,14 @@ pytest.importorskip("triton")
 
 PROGRAM = """
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from orthrus.engine.kernels import head_kernels, linear_kernels, norm
+from orthrus.engine.kernels import head_kernels, linear_kernels, norm, quantise
 
 POINTERS = dict(
-    X="*bf16", W="*bf16", WEIGHT="*bf16", SCALE="*fp32", BIAS="*bf16", RESIDUAL="*bf16", OUT="*bf16", PARTS="*fp32",
+    X="*bf16", W="*bf16", X_SCALE="*fp32", WEIGHT="*bf16", SCALE="*fp32", BIAS="*bf16", RESIDUAL="*bf16", OUT="*bf16", PARTS="*fp32",
     VALUES="*fp32", IDS="*i32",
 )
 
@@ -35,22 +36,22 @@ def ptx(kernel, types, **constants):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
 
-TILE = dict(BLOCK_E=64, BLOCK_R=32, BLOCK_K=64, WHOLE=True, BY="tf32", AHEAD=1024, HOPPER=True)
-NONE = dict(SCALE=None, BIAS=None, RESIDUAL=None)
+TILE = dict(BLOCK_E=64, BLOCK_R=32, BLOCK_K=64, WHOLE=True, BY="tf32", HOPPER=True)
+NONE = dict(X_SCALE=None, SCALE=None, BIAS=None, RESIDUAL=None)
 multiply = linear_kernels.multiply
 products = [
-    ptx(multiply, {}, SPLITS=1, SPREAD=False, GATED=False, **TILE),
-    ptx(multiply, dict(W="*fp8e4nv"), SPLITS=2, SPREAD=False, GATED=True, **TILE, BIAS=None, RESIDUAL=None),
+    ptx(multiply, {}, SPLITS=1, SPREAD=False, GATED=False, **TILE, X_SCALE=None),
+    ptx(multiply, dict(X="*fp8e4nv", W="*fp8e4nv"), SPLITS=2, SPREAD=False, GATED=True, **TILE, BIAS=None, RESIDUAL=None),
     ptx(multiply, dict(OUT="*fp32"), SPLITS=2, SPREAD=True, GATED=True, **TILE | dict(BLOCK_R=128), **NONE),
     ptx(multiply, {}, SPLITS=1, SPREAD=False, GATED=False, **TILE | dict(WHOLE=False), **NONE, num_rows=1),
-    ptx(head_kernels.tile_largest, {}, SPLITS=1, **TILE, SCALE=None),
+    ptx(head_kernels.tile_largest, {}, SPLITS=1, **TILE, X_SCALE=None, SCALE=None, DTYPE=tl.bfloat16),
 ]
 for one in products:
     assert "wgmma" in one, "the product is not one of Hopper's"
     assert "cp.async.cg" in one, "blocks of inputs are not loaded ahead"
-    asked, waited = one.index("cp.async.bulk.prefetch"), one.index("griddepcontrol.wait")
-    assert asked < waited < one.index("cp.async.cg"), "weights are asked for, and the kernel before awaited, too late"
+    assert one.index("griddepcontrol.wait") < one.index("cp.async.cg"), "the kernel before is not awaited"
 others = [
+    ptx(quantise._quantise, dict(OUT="*fp8e4nv", SCALES="*fp32"), LARGEST=448.0, BLOCK=4096, HOPPER=True),
     ptx(head_kernels.row_largest, dict(OUT="*i64"), BLOCK=4096, HOPPER=True),
     *(ptx(linear_kernels.add_up, {}, SPLITS=4, GATED=gated, BLOCK=512, HOPPER=True) for gated in (False, True)),
     ptx(linear_kernels.add_up_and_norm, dict(eps="fp32", NORMED="*bf16"), SPLITS=4, BLOCK=4096, HOPPER=True),

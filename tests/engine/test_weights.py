@@ -31,7 +31,12 @@ def test_the_model_and_the_engine_share_one_memory(tied: bool):
     addresses = storages(model)
     taken = [weights.embedding_VD, weights.head["ar"].weight_ED, weights.norm_D]
     for layer in weights.layers:
-        taken += [layer.input_norm_D, layer.post_norm_D, layer.mlp["ar"].gate_up.weight_ED, layer.mlp["ar"].down.weight_ED]
+        taken += [
+            layer.input_norm_D,
+            layer.post_norm_D,
+            layer.mlp["ar"].gate_up.weight_ED,
+            layer.mlp["ar"].down.weight_ED,
+        ]
         for view in layer.attention.values():
             taken += [view.qkv.weight_ED, view.out.weight_ED]
     assert all(tensor.untyped_storage().data_ptr() in addresses for tensor in taken), "the engine holds a copy"
@@ -67,7 +72,10 @@ def test_a_second_engine_takes_no_more_memory():
     before = storages(model)
     second = take_weights(model)
     assert storages(model) == before
-    assert first.layers[0].mlp["ar"].gate_up.weight_ED.data_ptr() == second.layers[0].mlp["ar"].gate_up.weight_ED.data_ptr()
+    assert (
+        first.layers[0].mlp["ar"].gate_up.weight_ED.data_ptr()
+        == second.layers[0].mlp["ar"].gate_up.weight_ED.data_ptr()
+    )
     parts = [nn.Parameter(torch.randn(n, 3)) for n in (2, 5, 4)]
     whole = join(parts)
     assert join(parts).data_ptr() == whole.data_ptr()

@@ -136,7 +136,8 @@ class Passes:
             own = (hidden_RD.new_empty(block), hidden_RD.new_empty(block))
             widths_B = (inputs.widths_B + 1).clamp(min=1)  # a row of padding sees its first position
         first, *later = weights.layers
-        next_norms = [*((layer.input_norm_D, layer.input_eps) for layer in later), (weights.norm_D, weights.eps)]
+        next_norms = [NextNorm(layer.input_norm_D, layer.input_eps) for layer in later]
+        next_norms.append(NextNorm(weights.norm_D, weights.eps))
         normed_RD = ops.rms_norm(hidden_RD, first.input_norm_D, first.input_eps)
         of_layers = zip(weights.layers, next_norms, self.keys_LPSGH, self.values_LPSGH, strict=True)
         for layer, next_norm, keys, values in of_layers:
@@ -198,7 +199,7 @@ class Passes:
         view: View,
         hidden_RD: Tensor,
         normed_RD: Tensor,
-        next_norm: tuple[Tensor, float],
+        next_norm: "NextNorm",
         block: "_Block",
     ) -> tuple[Tensor, Tensor]:
         """Hidden states, as they are and normed for this layer, to the same behind it."""
@@ -209,18 +210,26 @@ class Passes:
             width=width, own=own, bias_E=attention.qkv.bias_E, scale_E=attention.qkv.scale_E,
         )  # fmt: skip
         mixed_RA = ops.attend(q_RNH, pages, width=width, scale=attention.scale, own=own, widths_B=widths_B)
-        hidden_RD, normed_RD = self._add_and_norm(mixed_RA, attention.out, hidden_RD, layer.post_norm_D, layer.post_eps)
+        post_norm = NextNorm(layer.post_norm_D, layer.post_eps)
+        hidden_RD, normed_RD = self._add_and_norm(mixed_RA, attention.out, hidden_RD, post_norm)
         gated_RF = ops.swiglu(normed_RD, mlp.gate_up.weight_ED, scale_2F=mlp.gate_up.scale_E)
-        return self._add_and_norm(gated_RF, mlp.down, hidden_RD, *next_norm)
+        return self._add_and_norm(gated_RF, mlp.down, hidden_RD, next_norm)
 
     def _add_and_norm(
-        self, x: Tensor, matrix: Matrix, hidden_RD: Tensor, norm_D: Tensor, eps: float
+        self, x: Tensor, matrix: Matrix, hidden_RD: Tensor, next_norm: "NextNorm"
     ) -> tuple[Tensor, Tensor]:
         """Hidden states with a product added, as they are and normed."""
         return self.ops.linear_and_norm(
-            x, matrix.weight_ED, bias_E=matrix.bias_E, scale_E=matrix.scale_E, residual_RE=hidden_RD, norm_E=norm_D,
-            eps=eps,
+            x, matrix.weight_ED, bias_E=matrix.bias_E, scale_E=matrix.scale_E, residual_RE=hidden_RD,
+            norm_E=next_norm.norm_D, eps=next_norm.eps,
         )  # fmt: skip
+
+
+class NextNorm(NamedTuple):
+    """The norm that comes after hidden states."""
+
+    norm_D: Tensor
+    eps: float
 
 
 class _Block(NamedTuple):

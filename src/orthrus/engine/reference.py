@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from orthrus.engine.quantise import quantise_rows
 from orthrus.model.masks import draft_mask, verify_mask
 
 
@@ -62,9 +63,10 @@ def linear(
 ) -> Tensor:
     """x . weight' * scale + bias + residual, in fp32, rounded once. [R, E].
 
-    `weight` may be float8_e4m3fn with an fp32 `scale` for each output (a draft pass's second copy).
+    `weight` may be float8_e4m3fn with an fp32 `scale` for each output (a draft pass's second copy): rows are then
+    quantised as weights are, each by its largest number.
     """
-    out = x_RD.float() @ weight_ED.float().T
+    out = _product(x_RD, weight_ED)
     if scale_E is not None:
         out = out * scale_E
     if bias_E is not None:
@@ -74,9 +76,17 @@ def linear(
     return out.to(x_RD.dtype)
 
 
+def _product(x_RD: Tensor, weight_ED: Tensor) -> Tensor:
+    """x . weight' in fp32, of quantised rows where the weight is. [R, E]."""
+    if x_RD.dtype == weight_ED.dtype:
+        return x_RD.float() @ weight_ED.float().T
+    quantised_RD, scale_R = quantise_rows(x_RD)
+    return quantised_RD.float() @ weight_ED.float().T * scale_R[:, None]
+
+
 def swiglu(x_RD: Tensor, weight_2FD: Tensor, *, scale_2F: Tensor | None = None) -> Tensor:
     """silu(x . gate') * (x . up'), the first F rows of the weight being the gate's. In fp32, rounded once. [R, F]."""
-    both = x_RD.float() @ weight_2FD.float().T
+    both = _product(x_RD, weight_2FD)
     if scale_2F is not None:
         both = both * scale_2F
     gate, up = both.chunk(2, dim=-1)

@@ -122,7 +122,9 @@ def take_weights(model: nn.Module, draft_precision: str | None = None) -> Weight
     Raises `ValueError` naming what the engine's passes do not compute; then the model is as it was.
     """
     if draft_precision not in (None, *DRAFT_PRECISIONS):
-        raise ValueError(f"draft_precision must be one of {', '.join(DRAFT_PRECISIONS)} or None, got {draft_precision!r}")
+        raise ValueError(
+            f"draft_precision must be one of {', '.join(DRAFT_PRECISIONS)} or None, got {draft_precision!r}"
+        )
     check_supported(model)
     config, decoder = model.config, model.model
     for_drafts = {None: lambda matrix: matrix, "fp8": in_fp8}[draft_precision]

@@ -31,24 +31,25 @@ kernels: Any = attention_kernels
 
 LOG2E = 1.4426950408889634
 
-FIRST_SLOTS = 128
+FIRST_SLOTS = 256
 """Slots of the first splits, a multiple of every TILE_K."""
 
 SHARE = 4
 """A split doubles in size when SHARE of that size lie before it: it has at most a SHARE-th of the slots before it."""
 
-DOUBLINGS = 3
+DOUBLINGS = 2
 """How often splits double: the largest have FIRST_SLOTS << DOUBLINGS slots."""
 
 TILE_K = {2: 64, 4: 32}
 """Slots of a tile, by bytes of an element. A constant: it decides the order of sums."""
 
-TILES_M = {
-    2: (dict(TILE_M=64, num_warps=4, num_stages=3), dict(TILE_M=128, num_warps=8, num_stages=3)),
-    4: (dict(TILE_M=32, num_warps=4, num_stages=1),),
-}
-"""Query heads of a tile, by bytes of an element: the smallest tile that holds a pass's, or the last. In bf16 a warp has
-16 of them and all slots of a tile in either size, and Hopper's MMA needs 64, so one position is not given fewer."""
+PART_TILES = {2: dict(TILE_M=64, num_warps=4, num_stages=3), 4: dict(TILE_M=32, num_warps=4, num_stages=1)}
+"""Query heads of a program that reads one split, by bytes of an element. Two programs of 64 a multiprocessor were
+faster on an H200 than one of 128, though both read the keys (docs/experiments.md)."""
+
+ALL_TILES = {2: dict(TILE_M=128, num_warps=8, num_stages=3), 4: dict(TILE_M=32, num_warps=4, num_stages=1)}
+"""Query heads of a program that reads all of a row. In bf16 a warp has 16 of them and all slots of a tile in either
+size, so both give a query the same bits."""
 
 MERGE = dict(TILE_M=4, num_warps=4, AHEAD=8)
 """Query heads that a program folds the states of, a warp each, and how many states it loads at a time."""
@@ -64,6 +65,8 @@ class Plan(NamedTuple):
 
     num_tiles: int
     """Tiles of a row's query heads that share a key head."""
+    tile: dict[str, int]
+    """One of PART_TILES or ALL_TILES."""
     num_splits: int
     """Splits of a row; 0: a program reads all of them."""
 
@@ -81,8 +84,7 @@ def attend(
     num_rows, num_heads, head_dim = q_RNH.shape
     num_slots, num_groups = pages.keys_PSGH.shape[1:3]
     _check(q_RNH, pages, width=width, scale=scale, own=own, widths_B=widths_B)
-    tile = _tile(width * num_heads // num_groups, q_RNH.element_size())
-    plan = spread(q_RNH.shape, pages, width=width, tile_m=tile["TILE_M"])
+    plan = spread(q_RNH.shape, pages, width=width, element_size=q_RNH.element_size())
     own_keys, own_values = own or (None, None)
     out = torch.empty_like(q_RNH)
     read = (q_RNH, *pages, own_keys, own_values, widths_B)
@@ -94,7 +96,7 @@ def attend(
     sizes_of_read = sizes | dict(
         GROUP=num_heads // num_groups, S=num_slots, TILE_K=TILE_K[q_RNH.element_size()],
         BY="ieee" if q_RNH.dtype == torch.float32 else "tf32",  # of no effect below fp32
-    ) | tile  # fmt: skip
+    ) | plan.tile  # fmt: skip
     by_2, table_pages, heads = scale * LOG2E, pages.tables_BM.shape[1], len(pages.lengths_B) * num_groups
     if not plan.num_splits:
         kernels.read_all[plan.num_tiles, heads](
@@ -109,8 +111,9 @@ def attend(
         plan.num_splits, **sizes_of_read,
     )  # fmt: skip
     kernels.merge[(triton.cdiv(num_rows * num_heads, MERGE["TILE_M"]),)](
-        acc, peak, total, pages.lengths_B, out, num_rows, width, num_heads, plan.num_splits, **MERGE, **sizes
-    )
+        acc, peak, total, pages.lengths_B, out, num_rows, width, num_heads, plan.num_splits,
+        **MERGE, **sizes,
+    )  # fmt: skip
     return out.flatten(1)
 
 
@@ -121,26 +124,24 @@ def num_splits(num_slots: int) -> int:
     return SHARE * doublings + triton.cdiv(num_slots, FIRST_SLOTS << doublings)
 
 
-def spread(shape: torch.Size, pages: Pages, *, width: int, tile_m: int) -> Plan:
+def spread(shape: torch.Size, pages: Pages, *, width: int, element_size: int) -> Plan:
     """How a pass of queries [R, N, H] is spread over programs. No value is read."""
     num_rows, num_heads, head_dim = shape
     num_batch, num_pages = pages.tables_BM.shape
     num_slots, num_groups = pages.keys_PSGH.shape[1:3]
-    num_tiles = triton.cdiv(width * num_heads // num_groups, tile_m)
     splits = num_splits(num_pages * num_slots)
     is_small = _scratch_bytes(splits, num_rows * num_heads, head_dim) <= SCRATCH_BYTES
-    return Plan(num_tiles, splits if is_small or num_tiles * num_batch * num_groups < ALL_PROGRAMS else 0)
+    by_row = ALL_TILES[element_size]
+    num_tiles = triton.cdiv(width * num_heads // num_groups, by_row["TILE_M"])
+    if not is_small and num_tiles * num_batch * num_groups >= ALL_PROGRAMS:
+        return Plan(num_tiles, by_row, 0)
+    by_split = PART_TILES[element_size]
+    return Plan(triton.cdiv(width * num_heads // num_groups, by_split["TILE_M"]), by_split, splits)
 
 
 def _scratch_bytes(splits: int, num_heads: int, head_dim: int) -> int:
     """Bytes of the states of all splits and an own block."""
     return (splits + 1) * num_heads * (head_dim + 2) * 4
-
-
-def _tile(num_heads: int, element_size: int) -> dict[str, int]:
-    """The tile of queries for a pass that has so many for each row and key head."""
-    tiles = TILES_M[element_size]
-    return next((tile for tile in tiles if tile["TILE_M"] >= num_heads), tiles[-1])
 
 
 def _check(

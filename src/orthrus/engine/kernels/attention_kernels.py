@@ -11,7 +11,7 @@ the sum of those powers.
 import triton
 import triton.language as tl
 
-from orthrus.engine.kernels.overlap import follow
+from orthrus.engine.kernels.overlap import follow, let_next, wait
 
 NOTHING = tl.constexpr(-1.0e30)
 """The peak of no keys. Finite, so that scores of -inf below it are weights of exactly 0 and not NaN."""
@@ -77,7 +77,7 @@ def _at(X, page, at, page_stride, stride, dims, S: tl.constexpr, TILE_K: tl.cons
 
 
 @triton.jit
-def _read(q, K, V, TABLE, table_pages, kp, ks, vp, vs, first, last, end, stop_M, is_own, dims, is_dim, scale,
+def _read(q, K, V, TABLE, table_pages, page, kp, ks, vp, vs, first, last, end, stop_M, is_own, dims, is_dim, scale,
           S: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, BLOCK_H: tl.constexpr,
           BY: tl.constexpr):  # fmt: skip
     """The state of the keys at slots first .. last - 1, of which a query sees those below its `stop`; `end`: the last.
@@ -86,7 +86,6 @@ def _read(q, K, V, TABLE, table_pages, kp, ks, vp, vs, first, last, end, stop_M,
     """
     acc, peak, total = _none(TILE_M, BLOCK_H)
     all_see = tl.min(stop_M, 0)
-    page = _page(TABLE, first, table_pages, is_own, S, TILE_K)
     for at in range(first, last, TILE_K):
         slots = at + tl.arange(0, TILE_K)
         is_there = (slots < end)[:, None] & is_dim[None, :]
@@ -107,16 +106,15 @@ def _read(q, K, V, TABLE, table_pages, kp, ks, vp, vs, first, last, end, stop_M,
 
 
 @triton.jit
-def _queries(Q, b, g, tile, length, width, num_heads, dims, is_dim,
-             GROUP: tl.constexpr, H: tl.constexpr, TILE_M: tl.constexpr, HAS_OWN: tl.constexpr):  # fmt: skip
-    """A tile of the width * GROUP query heads that share a key head: themselves, their places among all R * N, which
-    of them there are, and where in the pages each stops seeing. Those that are not there do as the last."""
+def _queries(b, g, tile, length, width, num_heads,
+             GROUP: tl.constexpr, TILE_M: tl.constexpr, HAS_OWN: tl.constexpr):  # fmt: skip
+    """A tile of the width * GROUP query heads that share a key head: their places among all R * N, which of them there
+    are, and where in the pages each stops seeing. Those that are not there do as the last."""
     places = tile * TILE_M + tl.arange(0, TILE_M)
     rows = tl.minimum(places, width * GROUP - 1)
     heads_M = (b * width + rows // GROUP) * num_heads + g * GROUP + rows % GROUP
-    q = tl.load(Q + heads_M[:, None] * H + dims[None, :], mask=is_dim[None, :], other=0.0)
     stop_M = length + (rows * 0 if HAS_OWN else rows // GROUP + 1)
-    return q, heads_M, places < width * GROUP, stop_M
+    return heads_M, places < width * GROUP, stop_M
 
 
 @triton.jit
@@ -160,21 +158,25 @@ def read_part(
     TILE_M: tl.constexpr, TILE_K: tl.constexpr, BY: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
     """One part of one tile of queries: its state to the scratch, [U, R * N, H] and [U, R * N]. Part num_splits: own."""
-    follow(HOPPER)
+    let_next(HOPPER)
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # later splits are larger: those first
     tile, part = program % num_tiles, program // num_tiles
     b, g = (tl.program_id(1) // num_groups).to(tl.int64), tl.program_id(1) % num_groups
     num_heads = num_groups * GROUP
     dims = tl.arange(0, BLOCK_H)
     is_dim = dims < H
-    q, heads_M, is_query, stop_M = _queries(Q, b, g, tile, tl.load(LENGTHS + b), width, num_heads, dims, is_dim,
-                                            GROUP, H, TILE_M, HAS_OWN)  # fmt: skip
+    heads_M, is_query, stop_M = _queries(b, g, tile, tl.load(LENGTHS + b), width, num_heads,
+                                         GROUP, TILE_M, HAS_OWN)  # fmt: skip
     K, V, kp, ks, vp, vs, first, last, end, stop_M, is_own = _part(
         part, num_splits, K, V, OWN_K, OWN_V, WIDTHS, kp, ks, kg, vp, vs, vg, b, g, width, num_groups, stop_M,
         FIRST, SHARE, DOUBLINGS, H, S, HAS_OWN,
     )  # fmt: skip
-    acc, peak, total = _read(q, K, V, TABLES + b * table_pages, table_pages, kp, ks, vp, vs, first, last, end, stop_M,
-                             is_own, dims, is_dim, scale, S, TILE_M, TILE_K, BLOCK_H, BY)  # fmt: skip
+    TABLE = TABLES + b * table_pages
+    page = _page(TABLE, first, table_pages, is_own, S, TILE_K)
+    wait(HOPPER)
+    q = tl.load(Q + heads_M[:, None] * H + dims[None, :], mask=is_dim[None, :], other=0.0)
+    acc, peak, total = _read(q, K, V, TABLE, table_pages, page, kp, ks, vp, vs, first, last, end, stop_M, is_own,
+                             dims, is_dim, scale, S, TILE_M, TILE_K, BLOCK_H, BY)  # fmt: skip
     to = part * num_rows * num_heads + heads_M
     if (first < last) | is_own:
         tl.store(ACC + to[:, None] * H + dims[None, :], acc, mask=is_query[:, None] & is_dim[None, :])
@@ -192,13 +194,14 @@ def merge(
 
     AHEAD states are loaded at a time, so that a row waits for memory once for as many.
     """
-    follow(HOPPER)
+    let_next(HOPPER)
     heads_M = (tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)).to(tl.int64)
     is_head = heads_M < num_rows * num_heads
     row_M = tl.where(is_head, heads_M // num_heads, 0)
     stop_M = tl.load(LENGTHS + row_M // width) + (row_M * 0 if HAS_OWN else row_M % width + 1)
     dims = tl.arange(0, BLOCK_H)
     is_dim = dims < H
+    wait(HOPPER)
     acc, peak, total = _none(TILE_M, BLOCK_H)
     for first in range(0, _num_splits(tl.max(stop_M, 0), FIRST, SHARE, DOUBLINGS), AHEAD):
         for i in tl.static_range(AHEAD):
@@ -236,8 +239,10 @@ def read_all(
     b, g = (tl.program_id(1) // num_groups).to(tl.int64), tl.program_id(1) % num_groups
     dims = tl.arange(0, BLOCK_H)
     is_dim = dims < H
-    q, heads_M, is_query, stop_M = _queries(Q, b, g, tile, tl.load(LENGTHS + b), width, num_groups * GROUP, dims,
-                                            is_dim, GROUP, H, TILE_M, HAS_OWN)  # fmt: skip
+    heads_M, is_query, stop_M = _queries(b, g, tile, tl.load(LENGTHS + b), width, num_groups * GROUP,
+                                         GROUP, TILE_M, HAS_OWN)  # fmt: skip
+    q = tl.load(Q + heads_M[:, None] * H + dims[None, :], mask=is_dim[None, :], other=0.0)
+    TABLE = TABLES + b * table_pages
     num_splits = _num_splits(tl.max(stop_M, 0), FIRST, SHARE, DOUBLINGS)
     acc, peak, total = _none(TILE_M, BLOCK_H)
     for part in range(0, num_splits + HAS_OWN):
@@ -245,8 +250,9 @@ def read_all(
             part, num_splits, K, V, OWN_K, OWN_V, WIDTHS, kp, ks, kg, vp, vs, vg, b, g, width, num_groups, stop_M,
             FIRST, SHARE, DOUBLINGS, H, S, HAS_OWN,
         )  # fmt: skip
-        one_acc, one_peak, one_total = _read(q, k_part, v_part, TABLES + b * table_pages, table_pages, kp_, ks_,
-                                             vp_, vs_, first, last, end, stop_, is_own, dims, is_dim, scale,
-                                             S, TILE_M, TILE_K, BLOCK_H, BY)  # fmt: skip
+        page = _page(TABLE, first, table_pages, is_own, S, TILE_K)
+        one_acc, one_peak, one_total = _read(q, k_part, v_part, TABLE, table_pages, page, kp_, ks_, vp_, vs_, first,
+                                             last, end, stop_, is_own, dims, is_dim, scale, S, TILE_M, TILE_K,
+                                             BLOCK_H, BY)  # fmt: skip
         acc, peak, total = _fold(acc, peak, total, one_acc, one_peak, one_total)
     _store(OUT, heads_M, acc, total, is_query, dims, is_dim, H)

@@ -7,13 +7,17 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from orthrus.engine.kernels import head_kernels
-from orthrus.engine.kernels.linear import check_operands, settings, tiles_of
+from orthrus.engine.kernels.linear import as_read, check_operands, settings, tiles_of
 from orthrus.engine.kernels.overlap import overlap
 
 kernels: Any = head_kernels
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+"""What logits are rounded to."""
 
 
 def head_argmax(x_RD: Tensor, weight_VD: Tensor, *, scale_V: Tensor | None = None) -> Tensor:
@@ -28,12 +32,14 @@ def head_argmax(x_RD: Tensor, weight_VD: Tensor, *, scale_V: Tensor | None = Non
     if num_rows == 0:
         return out
     tiles = tiles_of(weight_VD)
-    how = settings(x_RD, weight_VD, tiles)
+    rows_RD, rows_scale_R = as_read(x_RD, weight_VD)
+    how = settings(rows_RD, weight_VD, tiles)
     num_tiles = triton.cdiv(vocab_size, tiles.BLOCK_E)
     values = x_RD.new_empty(num_rows, num_tiles, dtype=torch.float32)
     ids = x_RD.new_empty(num_rows, num_tiles, dtype=torch.int32)
     kernels.tile_largest[triton.cdiv(num_rows, how["BLOCK_R"]), num_tiles](
-        x_RD, weight_VD, scale_V, values, ids, x_RD.stride(0), num_rows, vocab_size, num_tiles, **how
+        rows_RD, rows_scale_R, weight_VD, scale_V, values, ids, rows_RD.stride(0), num_rows, vocab_size, num_tiles,
+        DTYPE=TYPES[x_RD.dtype], **how,
     )
     kernels.row_largest[(num_rows,)](
         values, ids, out, num_tiles, BLOCK=triton.next_power_of_2(num_tiles), enable_fp_fusion=False, **overlap(x_RD)

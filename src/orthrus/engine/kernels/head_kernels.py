@@ -6,8 +6,8 @@
 import triton
 import triton.language as tl
 
-from orthrus.engine.kernels.linear_kernels import fetch, whole_product
-from orthrus.engine.kernels.overlap import follow, let_next, wait
+from orthrus.engine.kernels.linear_kernels import _scale, whole_product
+from orthrus.engine.kernels.overlap import follow
 
 
 @triton.jit
@@ -20,23 +20,22 @@ def _largest(logits, ids, axis: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def tile_largest(
-    X, W, SCALE, VALUES, IDS, x_stride, num_rows, vocab_size, num_tiles, width, per_split,
+    X, X_SCALE, W, SCALE, VALUES, IDS, x_stride, num_rows, vocab_size, num_tiles, width, per_split,
     SPLITS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
-    BY: tl.constexpr, AHEAD: tl.constexpr, HOPPER: tl.constexpr,
+    BY: tl.constexpr, DTYPE: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
     """The largest logit of one tile of the vocabulary, and its id, for one tile of rows. Into [R, tiles]."""
-    let_next(HOPPER)
+    follow(HOPPER)
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     tile = tl.program_id(1)
     # Ids that are not there do as the last, id included: they change neither the largest nor who has it.
     ids = tl.minimum(tile * BLOCK_E + tl.arange(0, BLOCK_E), vocab_size - 1)
-    fetch(W, ids, width, 0, width, AHEAD, HOPPER)
-    wait(HOPPER)
     logits = whole_product(X, W, x_stride, width, per_split, tl.minimum(rows, num_rows - 1), ids, SPLITS,
-                           BLOCK_E, BLOCK_R, BLOCK_K, WHOLE, BY, HOPPER)  # fmt: skip
+                           BLOCK_E, BLOCK_R, BLOCK_K, WHOLE, BY)  # fmt: skip
+    logits = _scale(logits, X_SCALE, tl.minimum(rows, num_rows - 1))
     if SCALE is not None:
         logits = logits * tl.load(SCALE + ids)[:, None]
-    best, best_id = _largest(logits.to(X.dtype.element_ty).to(tl.float32), ids[:, None], 0)
+    best, best_id = _largest(logits.to(DTYPE).to(tl.float32), ids[:, None], 0)
     places = rows.to(tl.int64) * num_tiles + tile
     tl.store(VALUES + places, best, mask=rows < num_rows)
     tl.store(IDS + places, best_id, mask=rows < num_rows)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from orthrus.engine.kernels import linear_kernels
 from orthrus.engine.kernels.overlap import overlap
+from orthrus.engine.kernels.quantise import quantise
 
 kernels: Any = linear_kernels
 
@@ -34,9 +35,63 @@ class Tiles(NamedTuple):
     num_warps: int
     num_stages: int
     """Blocks of inputs in flight; fewer where shared memory does not hold them. Changes no bits."""
-    AHEAD: int = 512
-    """Bytes of each weight row that a program asks for before the kernel before it is done: 0, or a multiple of 512, or
-    less than that. Changes no bits."""
+
+
+TILES: dict[tuple[int, int, int], Tiles] = {
+    # Qwen3-8B: gate_up, down, qkv, o, head
+    (24576, 4096, 2): Tiles(64, 64, 1, 8, 6),
+    (4096, 12288, 2): Tiles(64, 128, 2, 4, 6),
+    (6144, 4096, 2): Tiles(64, 128, 4, 4, 3),
+    (4096, 4096, 2): Tiles(128, 128, 4, 4, 4),
+    (151936, 4096, 2): Tiles(128, 128, 1, 8, 4),
+    # Qwen3-4B
+    (19456, 2560, 2): Tiles(128, 64, 1, 8, 4),
+    (2560, 9728, 2): Tiles(64, 128, 3, 4, 6),
+    (6144, 2560, 2): Tiles(64, 128, 4, 4, 3),
+    (2560, 4096, 2): Tiles(64, 128, 3, 4, 6),
+    (151936, 2560, 2): Tiles(128, 128, 1, 4, 4),
+    # Qwen3-1.7B
+    (12288, 2048, 2): Tiles(128, 64, 1, 8, 6),
+    (2048, 6144, 2): Tiles(64, 128, 4, 4, 6),
+    (4096, 2048, 2): Tiles(64, 128, 2, 4, 6),
+    (2048, 2048, 2): Tiles(64, 128, 4, 4, 6),
+    (151936, 2048, 2): Tiles(128, 128, 1, 4, 4),
+}
+"""By (E, D, bytes of a weight), where measuring on an H200 (`benchmarks/tiles.py`) found better than `default_tiles`.
+Never by the number of rows: a row's bits would depend on its neighbours. And never found anew by the process that uses
+them: two processes would disagree about bits."""
+
+MAX_SPREAD_ROWS, where rows are work enough, one program makes all parts of its tile and adds them in the same order.
+Nothing is fused into multiply-adds: a compiler may do so in one of the kernels and not in the other.
+
+    R = rows of a pass, D = inputs, E = outputs, F = width of the MLP
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from orthrus.engine.kernels import linear_kernels
+from orthrus.engine.kernels.overlap import overlap
+from orthrus.engine.kernels.quantise import quantise
+
+kernels: Any = linear_kernels
+
+
+class Tiles(NamedTuple):
+    """How a product is cut, and how its programs run."""
+
+    BLOCK_E: int
+    """Weight rows of a tile. At least 64, or Hopper's tensor cores are not used as they should be."""
+    BLOCK_K: int
+    """Inputs that are added up at a time."""
+    SPLITS: int
+    """Parts of the sum over inputs."""
+    num_warps: int
+    num_stages: int
+    """Blocks of inputs in flight; fewer where shared memory does not hold them. Changes no bits."""
 
 
 TILES: dict[tuple[int, int, int], Tiles] = {}
@@ -74,7 +129,7 @@ def linear(
 ) -> Tensor:
     """x . weight' * scale + bias + residual, in fp32, rounded once. [R, E].
 
-    `weight` may be float8_e4m3fn with an fp32 `scale` for each output; it is converted to the dtype of x as it is read.
+    `weight` may be float8_e4m3fn with an fp32 `scale` for each output; then rows of x are quantised, too.
     """
     return _multiply(x_RD, weight_ED, scale_E, bias_E, residual_RE, is_gated=False)
 
@@ -123,10 +178,11 @@ def parts(x_RD: Tensor, weight_ED: Tensor, *by_output: Tensor | None) -> Tensor:
     parts_SRE = x_RD.new_empty(tiles.SPLITS if is_spread else 1, num_rows, num_outputs, dtype=torch.float32)
     if num_rows == 0:
         return parts_SRE
-    how = settings(x_RD, weight_ED, tiles)
+    rows_RD, rows_scale_R = as_read(x_RD, weight_ED)
+    how = settings(rows_RD, weight_ED, tiles)
     grid = triton.cdiv(num_rows, how["BLOCK_R"]), triton.cdiv(num_outputs, tiles.BLOCK_E), len(parts_SRE)
     kernels.multiply[grid](
-        x_RD, weight_ED, None, None, None, parts_SRE, x_RD.stride(0), 0, num_rows, num_outputs,
+        rows_RD, rows_scale_R, weight_ED, None, None, None, parts_SRE, rows_RD.stride(0), 0, num_rows, num_outputs,
         SPREAD=is_spread, GATED=False, **how | (dict(SPLITS=1) if is_spread else {}),  # a program knows one part
     )  # fmt: skip
     return parts_SRE
@@ -151,10 +207,12 @@ def _multiply(
     tiles = tiles_of(weight_ED)
     residual_stride = 0 if residual is None else residual.stride(0)
     if tiles.SPLITS == 1 or num_rows > MAX_SPREAD_ROWS:
-        how = settings(x_RD, weight_ED, tiles)
+        rows_RD, rows_scale_R = as_read(x_RD, weight_ED)
+        how = settings(rows_RD, weight_ED, tiles)
         tile_outputs = tiles.BLOCK_E // 2 if is_gated else tiles.BLOCK_E
         kernels.multiply[triton.cdiv(num_rows, how["BLOCK_R"]), triton.cdiv(num_outputs, tile_outputs)](
-            x_RD, weight_ED, scale, bias, residual, out, x_RD.stride(0), residual_stride, num_rows, num_outputs,
+            rows_RD, rows_scale_R, weight_ED, scale, bias, residual, out, rows_RD.stride(0), residual_stride, num_rows,
+            num_outputs,
             SPREAD=False, GATED=is_gated, **how,
         )  # fmt: skip
         return out
@@ -167,6 +225,11 @@ def _multiply(
     return out
 
 
+def as_read(x_RD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Rows in the dtype that a kernel multiplies them in, and fp32 scales [R] where that is fp8."""
+    return (x_RD, None) if x_RD.dtype == weight_ED.dtype else quantise(x_RD)
+
+
 def settings(x_RD: Tensor, weight_ED: Tensor, tiles: Tiles) -> dict[str, Any]:
     """What a kernel over these operands is compiled for, and how it runs."""
     width = x_RD.shape[1]
@@ -177,7 +240,6 @@ def settings(x_RD: Tensor, weight_ED: Tensor, tiles: Tiles) -> dict[str, Any]:
         width=width, per_split=per_split, BLOCK_R=block_r, WHOLE=width % tiles.BLOCK_K == 0,
         BY="ieee" if x_RD.dtype == torch.float32 else "tf32",  # of no effect below fp32
         num_stages=max(1, min(tiles.num_stages, SHARED_BYTES // stage_bytes)),
-        AHEAD=tiles.AHEAD if width % 64 == per_split % 64 == 0 else 0,  # what is asked for is aligned
         enable_fp_fusion=False,
     ) | overlap(x_RD)  # fmt: skip
 

@@ -10,43 +10,13 @@ wastes little and a weight is read once. Rows and outputs that are not there do 
 import triton
 import triton.language as tl
 
-from orthrus.engine.kernels.overlap import fetch_rows, follow, let_next, wait
-
-
-@triton.jit
-def _as(w, dtype, HOPPER: tl.constexpr):
-    """A tile of weights in the dtype of the rows, exactly.
-
-    From fp8 to bf16 by hand: the bits of four numbers are moved to where bf16 has sign, exponent and mantissa, which
-    gives 2^-120 of each (the difference of the exponents' biases, subnormals too), and multiplied. The compiler goes by
-    fp16 and fp32, at a quarter of the speed that weights arrive with.
-    """
-    if HOPPER and w.dtype == tl.float8e4nv and dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 low, high, rest, up;
-            mov.b32 up, 0x7B807B80;
-            prmt.b32 low, 0, $2, 0x5040;
-            prmt.b32 high, 0, $2, 0x7060;
-            shr.u32 rest, low, 4;
-            and.b32 rest, rest, 0x07f007f0;
-            lop3.b32 low, low, 0x80008000, rest, 0xEA;
-            mul.rn.bf16x2 $0, low, up;
-            shr.u32 rest, high, 4;
-            and.b32 rest, rest, 0x07f007f0;
-            lop3.b32 high, high, 0x80008000, rest, 0xEA;
-            mul.rn.bf16x2 $1, high, up;
-            }""",
-            "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        return w.to(dtype)
+from orthrus.engine.kernels.overlap import follow, let_next, wait
 
 
 @triton.jit
 def product(X, W, x_stride, width, rows_R, outputs_E, begin, end,
             BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
-            BY: tl.constexpr, HOPPER: tl.constexpr):  # fmt: skip
+            BY: tl.constexpr):  # fmt: skip
     """The part of weight . x' that inputs begin .. end - 1 make, a block of inputs after the other. fp32 [E, R]."""
     weights = W + outputs_E.to(tl.int64)[:, None] * width
     inputs = X + rows_R.to(tl.int64)[None, :] * x_stride
@@ -58,32 +28,30 @@ def product(X, W, x_stride, width, rows_R, outputs_E, begin, end,
         else:
             w = tl.load(weights + k[None, :], mask=(k < width)[None, :], other=0.0)
             x = tl.load(inputs + k[:, None], mask=(k < width)[:, None], other=0.0)
-        acc = tl.dot(_as(w, x.dtype, HOPPER), x, acc, input_precision=BY)
+        acc = tl.dot(w, x, acc, input_precision=BY)
     return acc
 
 
 @triton.jit
 def whole_product(X, W, x_stride, width, per_split, rows_R, outputs_E, SPLITS: tl.constexpr,
                   BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
-                  BY: tl.constexpr, HOPPER: tl.constexpr):  # fmt: skip
+                  BY: tl.constexpr):  # fmt: skip
     """weight . x' with the bits that adding the splits' parts in order gives. fp32 [E, R]."""
     total = product(X, W, x_stride, width, rows_R, outputs_E, 0, tl.minimum(per_split, width),
-                    BLOCK_E, BLOCK_R, BLOCK_K, WHOLE, BY, HOPPER)  # fmt: skip
+                    BLOCK_E, BLOCK_R, BLOCK_K, WHOLE, BY)  # fmt: skip
     for split in range(1, SPLITS):  # not unrolled: it would take more registers than there are
         total += product(X, W, x_stride, width, rows_R, outputs_E,
                          split * per_split, tl.minimum((split + 1) * per_split, width),
-                         BLOCK_E, BLOCK_R, BLOCK_K, WHOLE, BY, HOPPER)  # fmt: skip
+                         BLOCK_E, BLOCK_R, BLOCK_K, WHOLE, BY)  # fmt: skip
     return total
 
 
 @triton.jit
-def fetch(W, outputs_E, width, begin, end, AHEAD: tl.constexpr, HOPPER: tl.constexpr):
-    """Ask for the first AHEAD bytes of inputs begin .. end - 1 of weight rows, before they can be used."""
-    if HOPPER and AHEAD:
-        PIECE: tl.constexpr = min(AHEAD, 512)
-        SIZE: tl.constexpr = W.dtype.element_ty.primitive_bitwidth // 8
-        rows = (W + outputs_E.to(tl.int64) * width + begin).to(tl.int64)
-        fetch_rows(rows, (end - begin) * SIZE, PIECE, AHEAD // PIECE)
+def _scale(total, X_SCALE, rows_R):
+    """A product of quantised rows as one of the rows themselves. [E, R]."""
+    if X_SCALE is not None:
+        total = total * tl.load(X_SCALE + rows_R)[None, :]
+    return total
 
 
 @triton.jit
@@ -100,17 +68,17 @@ def _finish(total, SCALE, BIAS, RESIDUAL, outputs, residuals, is_stored):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def multiply(
-    X, W, SCALE, BIAS, RESIDUAL, OUT,
+    X, X_SCALE, W, SCALE, BIAS, RESIDUAL, OUT,
     x_stride, residual_stride, num_rows, num_outputs, width, per_split,
     SPLITS: tl.constexpr, SPREAD: tl.constexpr, GATED: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr, BY: tl.constexpr,
-    AHEAD: tl.constexpr, HOPPER: tl.constexpr,
+    HOPPER: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows by one of weight rows: finished, or (SPREAD) one split's part of it into OUT [SPLITS, R, E].
 
     GATED: weight rows are num_outputs gates, then as many ups, and a tile is half of each.
     """
-    let_next(HOPPER)
+    follow(HOPPER)
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     read_rows = tl.minimum(rows, num_rows - 1)
     if GATED and not SPREAD:
@@ -118,10 +86,9 @@ def multiply(
         lane = tl.arange(0, BLOCK_E)
         gates = tl.minimum(tl.program_id(1) * HALF + lane % HALF, num_outputs - 1)
         read_outputs = gates + lane // HALF * num_outputs
-        fetch(W, read_outputs, width, 0, width, AHEAD, HOPPER)
-        wait(HOPPER)
         total = whole_product(X, W, x_stride, width, per_split, read_rows, read_outputs, SPLITS,
-                              BLOCK_E, BLOCK_R, BLOCK_K, WHOLE, BY, HOPPER)  # fmt: skip
+                              BLOCK_E, BLOCK_R, BLOCK_K, WHOLE, BY)  # fmt: skip
+        total = _scale(total, X_SCALE, read_rows)
         if SCALE is not None:
             total = total * tl.load(SCALE + read_outputs)[:, None]
         gate, up = tl.split(tl.permute(tl.reshape(total, [2, HALF, BLOCK_R]), [1, 2, 0]))
@@ -132,17 +99,15 @@ def multiply(
         read_outputs = tl.minimum(outputs, num_outputs - 1)
         if SPREAD:
             split = tl.program_id(2)
-            fetch(W, read_outputs, width, split * per_split, tl.minimum((split + 1) * per_split, width), AHEAD, HOPPER)
-            wait(HOPPER)
             total = product(X, W, x_stride, width, read_rows, read_outputs,
                             split * per_split, tl.minimum((split + 1) * per_split, width),
-                            BLOCK_E, BLOCK_R, BLOCK_K, WHOLE, BY, HOPPER)  # fmt: skip
+                            BLOCK_E, BLOCK_R, BLOCK_K, WHOLE, BY)  # fmt: skip
+            total = _scale(total, X_SCALE, read_rows)
             OUT += split.to(tl.int64) * num_rows * num_outputs
         else:
-            fetch(W, read_outputs, width, 0, width, AHEAD, HOPPER)
-            wait(HOPPER)
             total = whole_product(X, W, x_stride, width, per_split, read_rows, read_outputs, SPLITS,
-                                  BLOCK_E, BLOCK_R, BLOCK_K, WHOLE, BY, HOPPER)  # fmt: skip
+                                  BLOCK_E, BLOCK_R, BLOCK_K, WHOLE, BY)  # fmt: skip
+            total = _scale(total, X_SCALE, read_rows)
             residuals = read_rows.to(tl.int64)[None, :] * residual_stride + read_outputs[:, None]
             total = _finish(total, SCALE, BIAS, RESIDUAL, read_outputs[:, None], residuals,
                             (rows < num_rows)[None, :])  # fmt: skip

@@ -80,7 +80,8 @@ def _place(
     query_norm, key_norm, eps = norms or (None, None, 0.0)
     kernels.place[num_rows, triton.cdiv(num_kinds, TILE["TILE_T"])](
         parts_SRE, scale_E, bias_E, q_RNH, keys, values, pages.tables_BM, pages.lengths_B, *rotary, query_norm,
-        key_norm, parts_SRE.stride(0), *strides, eps, pages.tables_BM.shape[1], width, NUM_HEADS=num_heads,
+        key_norm, parts_SRE.stride(0), *strides, eps, pages.tables_BM.shape[1], width,
+        NUM_HEADS=num_heads,
         NUM_GROUPS=num_groups, H=head_dim, BLOCK_H=triton.next_power_of_2(head_dim), S=num_slots,
         HAS_NORMS=norms is not None, HAS_OWN=own is not None, SPLITS=len(parts_SRE), **TILE, **overlap(q_RNH),
     )  # fmt: skip

@@ -9,7 +9,7 @@ T = heads of a tile, of all N + 2 G: queries, keys, values
 import triton
 import triton.language as tl
 
-from orthrus.engine.kernels.overlap import follow
+from orthrus.engine.kernels.overlap import let_next, wait
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def place(
     HAS_NORMS: tl.constexpr, HAS_OWN: tl.constexpr, TILE_T: tl.constexpr, SPLITS: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
     """A few heads of one position. With HAS_OWN, K and V are buffers [R, G, H] and have no pages."""
-    follow(HOPPER)
+    let_next(HOPPER)
     row, heads = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE_T + tl.arange(0, TILE_T)
     dims = tl.arange(0, BLOCK_H)
     is_dim = dims < H
@@ -51,8 +51,17 @@ def place(
     mask = (heads < NUM_HEADS + 2 * NUM_GROUPS)[:, None] & is_dim[None, :]
     base, own_heads = row * (NUM_HEADS + 2 * NUM_GROUPS) * H, heads[:, None] * H
     position = tl.load(LENGTHS + row // width) + (row % width).to(tl.int32)
-    raw = _read(QKV, SCALE, BIAS, base + own_heads + dims[None, :], own_heads + dims[None, :], part_stride, mask, SPLITS,
-                dtype)  # fmt: skip
+    if HAS_OWN:
+        k_row, v_row = K + row * NUM_GROUPS * H, V + row * NUM_GROUPS * H
+    else:
+        page = tl.load(TABLES + row // width * table_pages + position // S).to(tl.int64)
+        k_row, v_row = K + page * kp + position % S * ks, V + page * vp + position % S * vs
+    angles = position.to(tl.int64) * H + dims
+    cos = tl.load(COS + angles, mask=is_dim, other=0.0).to(tl.float32)
+    sin = tl.load(SIN + angles, mask=is_dim, other=0.0).to(tl.float32)
+    wait(HOPPER)
+    raw = _read(QKV, SCALE, BIAS, base + own_heads + dims[None, :], own_heads + dims[None, :], part_stride, mask,
+                SPLITS, dtype)  # fmt: skip
     # Each dimension turns together with the one half a head away.
     partners = tl.where(dims < H // 2, dims + H // 2, dims - H // 2)
     x = raw
@@ -62,18 +71,10 @@ def place(
         scale_T = tl.rsqrt(tl.sum(x * x, 1) / H + eps)
         x = _norm(x, is_query, QUERY_NORM, KEY_NORM, dims, is_dim, scale_T, dtype)
         partner = _norm(partner, is_query, QUERY_NORM, KEY_NORM, partners, is_dim, scale_T, dtype)
-    angles = position.to(tl.int64) * H + dims
-    cos = tl.load(COS + angles, mask=is_dim, other=0.0).to(tl.float32)
-    sin = tl.load(SIN + angles, mask=is_dim, other=0.0).to(tl.float32)
     turned = tl.where(dims < H // 2, -1.0, 1.0)[None, :] * partner
     turned = (turned * sin[None, :]).to(dtype).to(tl.float32)
     x = ((x * cos[None, :]).to(dtype).to(tl.float32) + turned).to(dtype)
     tl.store(Q + (row * NUM_HEADS + heads[:, None]) * H + dims[None, :], x, mask=mask & is_query[:, None])
-    if HAS_OWN:
-        k_row, v_row = K + row * NUM_GROUPS * H, V + row * NUM_GROUPS * H
-    else:
-        page = tl.load(TABLES + row // width * table_pages + position // S).to(tl.int64)
-        k_row, v_row = K + page * kp + position % S * ks, V + page * vp + position % S * vs
     key, value = heads - NUM_HEADS, heads - NUM_HEADS - NUM_GROUPS
     is_key = (key >= 0)[:, None] & (value < 0)[:, None]
     tl.store(k_row + key[:, None] * kg + dims[None, :], x, mask=mask & is_key)
