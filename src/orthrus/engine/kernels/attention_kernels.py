@@ -77,7 +77,7 @@ def _at(X, page, at, page_stride, stride, dims, S: tl.constexpr, TILE_K: tl.cons
 
 
 @triton.jit
-def _read(q, K, V, TABLE, table_pages, page, kp, ks, vp, vs, first, last, end, stop_M, is_own, dims, is_dim, scale,
+def _read(q, K, V, TABLE, table_pages, page, kp, ks, vp, vs, first, last, stop_M, is_own, dims, is_dim, scale,
           S: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, BLOCK_H: tl.constexpr,
           BY: tl.constexpr):  # fmt: skip
     """The state of the keys at slots first .. last - 1, of which a query sees those below its `stop`; `end`: the last.
@@ -145,8 +145,8 @@ def _part(part, num_splits, K, V, OWN_K, OWN_V, WIDTHS, kp, ks, kg, vp, vs, vg, 
         vp, vs = tl.where(is_own, own_stride * S, vp), tl.where(is_own, own_stride, vs)
         first, size = tl.where(is_own, 0, first), tl.where(is_own, width, size)
         stop_M = tl.where(is_own, tl.minimum(tl.load(WIDTHS + b), width), stop_M)
-    end = tl.max(stop_M, 0)
-    return K, V, kp, ks, vp, vs, first, tl.minimum(first + size, end), end, stop_M, is_own
+    last = tl.minimum(first + size, tl.max(stop_M, 0))
+    return K, V, kp, ks, vp, vs, first, last, stop_M, is_own
 
 
 @triton.jit(do_not_specialize=SHAPES)
@@ -167,7 +167,7 @@ def read_part(
     is_dim = dims < H
     heads_M, is_query, stop_M = _queries(b, g, tile, tl.load(LENGTHS + b), width, num_heads,
                                          GROUP, TILE_M, HAS_OWN)  # fmt: skip
-    K, V, kp, ks, vp, vs, first, last, end, stop_M, is_own = _part(
+    K, V, kp, ks, vp, vs, first, last, stop_M, is_own = _part(
         part, num_splits, K, V, OWN_K, OWN_V, WIDTHS, kp, ks, kg, vp, vs, vg, b, g, width, num_groups, stop_M,
         FIRST, SHARE, DOUBLINGS, H, S, HAS_OWN,
     )  # fmt: skip
@@ -175,7 +175,7 @@ def read_part(
     page = _page(TABLE, first, table_pages, is_own, S, TILE_K)
     wait(HOPPER)
     q = tl.load(Q + heads_M[:, None] * H + dims[None, :], mask=is_dim[None, :], other=0.0)
-    acc, peak, total = _read(q, K, V, TABLE, table_pages, page, kp, ks, vp, vs, first, last, end, stop_M, is_own,
+    acc, peak, total = _read(q, K, V, TABLE, table_pages, page, kp, ks, vp, vs, first, last, stop_M, is_own,
                              dims, is_dim, scale, S, TILE_M, TILE_K, BLOCK_H, BY)  # fmt: skip
     to = part * num_rows * num_heads + heads_M
     if (first < last) | is_own:
@@ -246,13 +246,13 @@ def read_all(
     num_splits = _num_splits(tl.max(stop_M, 0), FIRST, SHARE, DOUBLINGS)
     acc, peak, total = _none(TILE_M, BLOCK_H)
     for part in range(0, num_splits + HAS_OWN):
-        k_part, v_part, kp_, ks_, vp_, vs_, first, last, end, stop_, is_own = _part(
+        k_part, v_part, kp_, ks_, vp_, vs_, first, last, stop_, is_own = _part(
             part, num_splits, K, V, OWN_K, OWN_V, WIDTHS, kp, ks, kg, vp, vs, vg, b, g, width, num_groups, stop_M,
             FIRST, SHARE, DOUBLINGS, H, S, HAS_OWN,
         )  # fmt: skip
         page = _page(TABLE, first, table_pages, is_own, S, TILE_K)
         one_acc, one_peak, one_total = _read(q, k_part, v_part, TABLE, table_pages, page, kp_, ks_, vp_, vs_, first,
-                                             last, end, stop_, is_own, dims, is_dim, scale, S, TILE_M, TILE_K,
+                                             last, stop_, is_own, dims, is_dim, scale, S, TILE_M, TILE_K,
                                              BLOCK_H, BY)  # fmt: skip
         acc, peak, total = _fold(acc, peak, total, one_acc, one_peak, one_total)
     _store(OUT, heads_M, acc, total, is_query, dims, is_dim, H)
