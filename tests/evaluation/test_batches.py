@@ -9,9 +9,19 @@ import pytest
 
 from orthrus.decoding.backends import choose_backend
 from orthrus.decoding.decoder import Decoder, Request
+from orthrus.decoding.stats import DecodingStats
 from orthrus.decoding.stopping import Stopping
 from orthrus.evaluation import batches as module
-from orthrus.evaluation.batches import BatchMeasurement, measure_batches, run_batch, summarise_batch
+from orthrus.evaluation.batches import (
+    BatchMeasurement,
+    BatchRun,
+    Step,
+    decoders_of,
+    mean_ms,
+    measure_batches,
+    run_batch,
+    summarise_batch,
+)
 from orthrus.evaluation.measurement import ONE_ROW, Mode
 from orthrus.evaluation.records import read_records
 from orthrus.evaluation.suites import prompts_from_jsonl
@@ -66,6 +76,22 @@ def test_a_step_without_a_row_of_the_group_is_not_timed(model: Any):
         done = run_batch(decoder, requests)
         assert len(done.steps) == 4 and list(map(len, done.tokens)) == [5, 12] and done.num_timed == 15
         assert not decoder.active and not any(chosen.backend.length(row) for row in range(4)), "rows are left"
+
+
+def test_cycles_and_plain_steps_are_not_mixed():
+    """A drafted run ends with a plain step where one token is left to write."""
+    steps = [Step(wall_ms=ms, draft_ms=ms / 4, verify_ms=ms / 2, is_cycle=ms > 10) for ms in (20.0, 40.0, 7.0)]
+    done = BatchRun(tokens=[[1]], prefill_ms=[1.0], decode_s=0.1, steps=steps, stats=DecodingStats(block_size=8))
+    assert (mean_ms([done], "wall_ms", is_cycle=True), mean_ms([done], "draft_ms", is_cycle=True)) == (30.0, 7.5)
+    assert mean_ms([done], "wall_ms", is_cycle=False) == 7.0
+    assert mean_ms([], "wall_ms", is_cycle=True) is None
+
+
+def test_one_row_passes_are_not_padded(checkpoint: Path):
+    model = load_model(checkpoint, dtype="bfloat16")
+    with choose_backend(model, row_tokens=[20]) as chosen:
+        decoders = decoders_of(model, chosen, [4, 8])
+        assert {mode: decoder._backend.exact for mode, decoder in decoders.items()} == {m: m.exact for m in decoders}
 
 
 def test_runs_that_warm_up_are_not_counted(
