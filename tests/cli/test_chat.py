@@ -2,6 +2,7 @@
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,17 +12,20 @@ from orthrus.decoding.decoder import Decoder, Record
 from orthrus.decoding.portable import PortableBackend
 from orthrus.decoding.row import Cycle, Row
 from orthrus.decoding.sampling import Sampling
+from orthrus.engine.engine import EngineBackend
 from tests.cli.commands import refused, run
+from tests.cli.tiny import CONTEXT
 
 FIXED = ("--dtype", "float32", "--max-new-tokens", 12)
 
 
-def conversation(model: Path) -> Conversation:
+def conversation(model: Path, backend: str = "auto") -> Conversation:
     """A conversation of short greedy fp32 answers."""
     session = open_session(
         model=str(model), revision=None, base=None, dtype="float32", device="cpu", attn="sdpa", exact=None,
-        block_size=None,
+        backend=backend, block_size=None,
     )  # fmt: skip
+    session.begin(num_tokens=CONTEXT)
     return Conversation(session, {"sampling": Sampling(), "drafting": True}, max_new_tokens=12)
 
 
@@ -41,6 +45,15 @@ def test_quit_ends_and_reset_forgets(chat_model: Path):
     assert run("chat", "--model", chat_model, *FIXED, stdin="hello\n/quit\nmore\n").stdout == once
     again = run("chat", "--model", chat_model, *FIXED, stdin="hello\n/reset\nhello\n").stdout
     assert again == once + once, "after /reset the same question gets the same answer"
+
+
+def test_the_backend_is_named_and_the_engine_keeps_the_history_too(chat_model: Path):
+    talks = {}
+    for name in ("portable", "engine"):
+        talks[name] = run("chat", "--model", chat_model, *FIXED, "--backend", name, stdin="hello\nmore\n/stats\n")
+        assert talks[name].stderr.startswith(f"({name} backend)") and f"{name} backend" in talks[name].stdout
+    assert talks["portable"].stdout.replace("portable", "engine") == talks["engine"].stdout
+    assert "--backend slow" in refused("chat", "--model", chat_model, "--backend", "slow", stdin="hello\n")
 
 
 def test_stats_and_unknown_commands(chat_model: Path):
@@ -65,15 +78,16 @@ def test_turn_that_does_not_fit_is_an_error_and_not_the_end(chat_model: Path):
     assert result.stdout == run("chat", "--model", chat_model, *FIXED, stdin="hello\n").stdout
 
 
-def test_second_turn_prefills_only_its_new_tokens(chat_model: Path, monkeypatch: pytest.MonkeyPatch):
-    prefilled, prefill = [], PortableBackend.prefill
+@pytest.mark.parametrize("backend", [PortableBackend, EngineBackend])
+def test_second_turn_prefills_only_its_new_tokens(chat_model: Path, monkeypatch: pytest.MonkeyPatch, backend: type):
+    prefilled, prefill = [], backend.prefill
 
-    def spy(self: PortableBackend, row: Row, *, num_kept: int = 0, limit: int | None = None) -> Cycle:
+    def spy(self: Any, row: Row, *, num_kept: int = 0, limit: int | None = None) -> Cycle:
         prefilled.append((len(row.tokens), len(row.tokens) - num_kept))
         return prefill(self, row, num_kept=num_kept, limit=limit)
 
-    monkeypatch.setattr(PortableBackend, "prefill", spy)
-    talk = conversation(chat_model)
+    monkeypatch.setattr(backend, "prefill", spy)
+    talk = conversation(chat_model, "engine" if backend is EngineBackend else "portable")
     talk.say("hello, this is a first message")
     talk.say("and more")
     (first, first_new), (second, second_new) = prefilled

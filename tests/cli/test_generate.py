@@ -92,6 +92,29 @@ def test_stop_text_ends_the_answer(model: Path):
     assert answer["text"] == text[: text.index(stop) + 1], "the text ends with the token that completes the stop"
 
 
+def test_the_backend_is_named_and_writes_the_same_text(model: Path):
+    answers = {name: generate(model, PROMPT, "--backend", name) for name in ("auto", "portable", "engine")}
+    assert len({answer["text"] for answer in answers.values()}) == 1
+    named = {name: (answer["backend"], answer["refusal"]) for name, answer in answers.items()}
+    assert named == {"auto": ("portable", None), "portable": ("portable", None), "engine": ("engine", None)}
+    assert answers["engine"]["attn_implementation"] is None and not answers["engine"]["packed"]
+    assert answers["engine"]["stats"]["num_cycles"] > 0
+    compared = generate(model, PROMPT, "--compare", "--backend", "engine")
+    assert compared["identical"] and compared["backend"] == "engine"
+    arguments = ("--model", model, "--dtype", "float32", "--max-new-tokens", 12, "--compare", "--backend", "engine")
+    assert ", engine backend, " in run("generate", PROMPT, *arguments).stdout
+
+
+def test_a_refused_engine_is_noted_once(model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("orthrus.decoding.backends.is_preferred", lambda model: True)
+    arguments = ("generate", PROMPT, "--model", model, "--dtype", "float32", "--max-new-tokens", 12)
+    assert "note" not in run(*arguments).stderr
+    result = run(*arguments, "--attn", "eager", "--json")
+    assert result.stderr.count("note: decoding on the portable backend: attn_implementation 'eager'") == 1
+    answer = last_json(result.stdout)
+    assert answer["backend"] == "portable" and answer["refusal"] in result.stderr
+
+
 @pytest.mark.parametrize("sampled", [[], ["--temperature", 0.8, "--seed", 1]])
 def test_compare_says_identical_in_fp32(model: Path, sampled: list[object]):
     document = generate(model, PROMPT, "--compare", *sampled)
@@ -199,6 +222,9 @@ def test_long_prompt_is_refused_with_both_lengths(model: Path):
         (["generate", "x", "--trace", "--json"], "--trace"),
         (["generate", "x", "--stop", ""], "stop"),
         (["generate", "x", "--attn", "no_such_attention"], "no_such_attention"),
+        (["generate", "x", "--backend", "fast"], "--backend fast"),
+        (["generate", "x", "--backend", "engine", "--attn", "eager"], "--attn eager"),
+        (["generate", "x", "--backend", "engine", "--exact", "--device", "cpu"], "exact=True"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else value,
 )

@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+import orthrus.decoding.backends as backends
 import orthrus.decoding.generate as generate_module
 from tests.decoding.subjects import MASK, RiggedBackend, random_prompt, stock, subject
 
@@ -61,7 +62,7 @@ class Recorder:
 
 def rig(monkeypatch: pytest.MonkeyPatch, truth: list[list[int]], num_right: int) -> None:
     monkeypatch.setattr(
-        generate_module, "PortableBackend", lambda m, **o: RiggedBackend(m, truth, lambda row, cycle: num_right, **o)
+        backends, "PortableBackend", lambda m, **o: RiggedBackend(m, truth, lambda row, cycle: num_right, **o)
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-import orthrus.decoding.generate as generate_module
+import orthrus.decoding.backends as backends
 from orthrus.decoding.decoder import Decoder
 from tests.decoding.checks import check_every_acceptance_count
 from tests.decoding.subjects import (
@@ -94,7 +94,7 @@ def rig(monkeypatch: pytest.MonkeyPatch, truth: list[list[int]], rng: random.Ran
         made.append(RiggedBackend(model, truth, lambda row, cycle: plan[row][cycle], **options))
         return made[-1]
 
-    monkeypatch.setattr(generate_module, "PortableBackend", build)
+    monkeypatch.setattr(backends, "PortableBackend", build)
     return made
 
 

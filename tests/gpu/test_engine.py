@@ -119,3 +119,25 @@ def test_operations_that_see_the_whole_pass_do_change_bits(model: nn.Module, pro
     alone = plain_alone(backend, prompts[:16], [40] * 16)
     with pytest.raises(AssertionError, match="than alone without drafts"):
         check_company(alone, backend, prompts[:16], num_rows=16, logits=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generate_takes_the_engine_by_itself_and_drafting_changes_no_text(dtype: torch.dtype) -> None:
+    """The model card's call: nothing names the engine; a batch, sampled rows of one seed, and the memory given back."""
+    model = OrthrusForCausalLM.from_pretrained(BUNDLED, dtype=dtype, device_map="cuda", attn_implementation="sdpa")
+    ids = torch.randint(1, 1000, (3, 40), device="cuda")
+    call: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 100}
+    for sampled in ({}, {"do_sample": True, "seed": 1}):
+        texts = []
+        for drafting in (True, False):
+            output, stats = model.generate(**call, **sampled, use_diffusion_mode=drafting, return_stats=True)
+            assert (stats.backend, stats.refusal) == ("engine", None)
+            texts.append(output.tolist())
+        assert texts[0] == texts[1]
+    before = torch.cuda.memory_reserved()
+    model.release_engine()
+    assert torch.cuda.memory_reserved() < before
+    model.cpu()
+    assert (
+        model.generate(**{name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in call.items()}) is not None
+    )

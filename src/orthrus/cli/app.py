@@ -9,6 +9,7 @@ from collections.abc import Callable
 import typer
 
 from orthrus import __version__
+from orthrus.cli.bench import decode
 from orthrus.cli.chat import chat
 from orthrus.cli.convert import convert
 from orthrus.cli.datagen import datagen
@@ -45,6 +46,17 @@ def orthrus(
 COMMANDS: tuple[Callable[..., None], ...] = (generate, chat, convert, datagen, train, export, env)
 for command in COMMANDS:
     app.command()(reported(command))
+
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
+
+
+@bench.callback(help="Measure a model on this machine.")
+def measurements() -> None:
+    """Without a callback Typer would make the one command the group itself."""
+
+
+bench.command()(reported(decode))
 
 
 def main() -> None:

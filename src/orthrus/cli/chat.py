@@ -38,6 +38,7 @@ def chat(
     device: options.Device = None,
     attn: options.Attention = "sdpa",
     exact: options.Exact = None,
+    backend: options.Backend = "auto",
 ) -> None:
     """Talk to a model that has a chat template."""
     refuse("--block-size", "has no effect with --no-diffusion", when=no_diffusion and block_size is not None)
@@ -49,12 +50,13 @@ def chat(
     checked = Sampling(**sampling)
     session = open_session(
         model=model, revision=revision, base=base, dtype=dtype, device=device, attn=attn, exact=exact,
-        block_size=options.block_size_of(block_size),
+        backend=backend, block_size=options.block_size_of(block_size),
     )  # fmt: skip
     request = {"sampling": checked, "drafting": not no_diffusion}
     conversation = Conversation(session, request, system=system, max_new_tokens=max_new_tokens, stop=stop or ())
     conversation.check_template()
-    print(COMMANDS, file=sys.stderr)
+    session.begin(num_tokens=session.model.config.max_position_embeddings, is_elastic=True)
+    print(f"({session.chosen.name} backend) {COMMANDS}", file=sys.stderr)
     for line in read_lines():
         if not obey(conversation, line):
             break
@@ -144,7 +146,7 @@ class Conversation:
             return "nothing decoded yet"
         return (
             f"{stats.num_tokens} tokens in {stats.num_cycles} cycles, {stats.tokens_per_cycle:.2f} tokens per cycle, "
-            f"{stats.tokens_per_forward:.2f} per forward pass"
+            f"{stats.tokens_per_forward:.2f} per forward pass, {self._session.chosen.name} backend"
         )
 
     def _decode(self, prompt_ids: list[int]) -> str:

@@ -60,7 +60,7 @@ def compare(session: Session, request: dict[str, Any], *, prompt: str, visible: 
         timed_run(session.decoder, plain)
         timed_run(session.decoder, drafted)
     ways = [(session.decoder, plain), (session.decoder, drafted)]
-    if session.backend.exact:
+    if session.chosen.backend.exact:  # passes of block_size positions
         ways.append((Decoder(PortableBackend(session.model, exact=False), tokenizer=session.tokenizer), plain))
         timed_run(*ways[-1])
     plains, drafteds, *one_rows = zip(*[[timed_run(*way) for way in ways] for _ in range(ROUNDS)], strict=True)
@@ -106,7 +106,8 @@ def print_comparison(comparison: Comparison) -> None:
     )
     print(
         f"speed-up {comparison.speed_up:.2f}x ({facts['model']}, {facts['dtype']} on {facts['device']}, "
-        f"{facts['threads']} threads, block {facts['block_size']}, {len(comparison.plain[0].token_ids)} tokens; "
+        f"{facts['backend']} backend, {facts['threads']} threads, "
+        f"block {facts['block_size']}, {len(comparison.plain[0].token_ids)} tokens; "
         f"decoding only, median of {len(comparison.plain)} alternating runs)"
     )
     print(f"texts identical: {verdict(comparison)}")

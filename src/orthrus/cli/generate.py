@@ -46,6 +46,7 @@ def generate(
     device: options.Device = None,
     attn: options.Attention = "sdpa",
     exact: options.Exact = None,
+    backend: options.Backend = "auto",
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     as_json: options.Json = False,
     trace: Annotated[bool, typer.Option("--trace", help="Colour what each cycle drafted and what it added.")] = False,
@@ -71,14 +72,12 @@ def generate(
     checked = Sampling(**sampling)
     session = open_session(
         model=model, revision=revision, base=base, dtype=dtype, device=device, attn=attn, exact=exact,
-        block_size=options.block_size_of(block_size),
+        backend=backend, block_size=options.block_size_of(block_size),
     )  # fmt: skip
     prompt_ids = session.encode_chat([{"role": "user", "content": text}]) if chat else session.encode(text)
-    request = {
-        "prompt_ids": prompt_ids,
-        "stopping": session.stopping(prompt_ids, max_new_tokens=max_new_tokens, stop=stop or ()),
-        "sampling": checked,
-    }
+    stopping = session.stopping(prompt_ids, max_new_tokens=max_new_tokens, stop=stop or ())
+    request = {"prompt_ids": prompt_ids, "stopping": stopping, "sampling": checked}
+    session.begin(num_tokens=len(prompt_ids) + stopping.max_new_tokens)
     output = Output(as_json=as_json, trace=trace, compare=compare)
     if output.compare:
         run_compare(session, request, text, output)

@@ -21,6 +21,14 @@ Exact = Annotated[
     bool | None,
     typer.Option("--exact/--no-exact", help="Give every pass one fixed shape, so bf16 text equals plain decoding's."),
 ]
+BACKENDS = ("auto", "engine", "portable")
+Backend = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join(BACKENDS),
+        help="Who runs the passes; auto is the engine on a GPU where it can, else the portable one.",
+    ),
+]
 BlockSize = Annotated[
     int | None,
     typer.Option(
@@ -77,6 +85,17 @@ def check_dtype(dtype: str) -> None:
     """Refuse a number format that no command computes in."""
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+
+
+def check_backend(backend: str, attn: str) -> None:
+    """Refuse a backend that there is not, and an attention that it would not run."""
+    if backend not in BACKENDS:
+        raise ValueError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
+    refuse(
+        f"--attn {attn}",
+        "has no effect with --backend engine, which has an attention of its own",
+        when=backend == "engine" and attn != "sdpa",
+    )
 
 
 def check_text(text: str) -> None:

@@ -3,16 +3,17 @@
 This module imports torch; commands import it when they run.
 """
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 import transformers
 
-from orthrus.cli.options import check_dtype
+from orthrus.cli.options import check_backend, check_dtype
+from orthrus.decoding.backends import Chosen, choose_backend
 from orthrus.decoding.decoder import Decoder
-from orthrus.decoding.portable import PortableBackend
 from orthrus.decoding.schedule import CPU_BLOCK_SIZE
 from orthrus.decoding.stopping import Stopping, eos_token_ids
 from orthrus.environment import bundled_or, pick_device, versions
@@ -22,14 +23,30 @@ from orthrus.model.packed import is_packed
 
 @dataclass(kw_only=True)
 class Session:
-    """A loaded model, its tokenizer and its decoding loop."""
+    """A loaded model, its tokenizer and, once it is known what will be decoded (`begin`), its decoding loop."""
 
     name: str
     model: Any
     tokenizer: Any
-    backend: PortableBackend
-    decoder: Decoder
     attn: str
+    wish: Any
+    """The backend that was asked for."""
+    exact: bool | None
+    block_size: int | Literal["auto"] | None
+    chosen: Chosen = field(init=False)
+    decoder: Decoder = field(init=False)
+
+    def begin(self, *, num_tokens: int, is_elastic: bool = False) -> None:
+        """Choose the backend for one row of so many tokens, saying on stderr why it is not the one expected."""
+        self.chosen = choose_backend(
+            self.model, wish=self.wish, row_tokens=[num_tokens], exact=self.exact, is_elastic=is_elastic
+        )
+        if self.chosen.refusal is not None:
+            print(f"note: decoding on the portable backend: {self.chosen.refusal}", file=sys.stderr)
+        block_size = self.block_size
+        if block_size is None and self.model.device.type == "cpu":
+            block_size = min(CPU_BLOCK_SIZE, self.model.config.block_size)
+        self.decoder = Decoder(self.chosen.backend, block_size=block_size, tokenizer=self.tokenizer)
 
     def stopping(self, prompt_ids: Sequence[int], *, max_new_tokens: int, stop: Sequence[str] = ()) -> Stopping:
         """When an answer to this prompt ends: no later than where the context does."""
@@ -63,9 +80,10 @@ class Session:
             "model": self.name,
             "device": str(self.model.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "backend": "portable",
-            "exact": self.backend.exact,
-            "attn_implementation": self.attn,
+            "backend": self.chosen.name,
+            "refusal": self.chosen.refusal,
+            "exact": self.chosen.exact,
+            "attn_implementation": self.attn if self.chosen.name == "portable" else None,
             "packed": is_packed(self.model),
             "block_size": self.decoder.block_size,
             "widths": "auto" if self.decoder.is_auto else "fixed",
@@ -83,26 +101,26 @@ def open_session(
     device: str | None,
     attn: str,
     exact: bool | None,
+    backend: str,
     block_size: int | Literal["auto"] | None,
 ) -> Session:
     """Load a checkpoint as the command line names it."""
     check_dtype(dtype)
+    check_backend(backend, attn)
     where = bundled_or(model)
     quiet()
     loaded = load_model(
         where, revision=revision, base=base, dtype=dtype, device=pick_device(device), attn_implementation=attn
     )
     tokenizer = load_tokenizer(where, revision=revision, base=base)
-    backend = PortableBackend(loaded, exact=exact)
-    if block_size is None and backend.device.type == "cpu":
-        block_size = min(CPU_BLOCK_SIZE, backend.max_block_size)
     return Session(
         name=model or "the bundled model",
         model=loaded,
         tokenizer=tokenizer,
-        backend=backend,
-        decoder=Decoder(backend, block_size=block_size, tokenizer=tokenizer),
         attn=attn,
+        wish=backend,
+        exact=exact,
+        block_size=block_size,
     )
 
 

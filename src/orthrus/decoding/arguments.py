@@ -26,6 +26,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "seed": (int, NoneType),
     "exact": (bool, NoneType),
     "generator": (torch.Generator, NoneType),
+    "cache_bytes": (int, NoneType),
 }
 """What this project's own arguments of `generate` may be."""
 

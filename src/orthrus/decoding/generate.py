@@ -7,6 +7,7 @@ finished rows and the meaning of every argument are stock's; what block decoding
     B = rows (prompts x num_return_sequences), P = width of the padded prompts, V = vocabulary
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,8 +20,9 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from orthrus.decoding.arguments import check_inputs, check_kinds, check_range, refuse_settings, refuse_unknown
+from orthrus.decoding.backends import BackendName, Chosen, check_wish, choose_backend, loaded_keeper
 from orthrus.decoding.decoder import Decoder, Record, Request
-from orthrus.decoding.portable import PREFILL_CHUNK, PortableBackend
+from orthrus.decoding.portable import PREFILL_CHUNK
 from orthrus.decoding.sampling import Sampling, derive_seed
 from orthrus.decoding.stats import DecodingStats
 from orthrus.decoding.stopping import Stopping
@@ -70,6 +72,8 @@ class OrthrusForCausalLM(OrthrusCheckpointMixin, OrthrusLM):
         seed: int | None = None,
         generator: torch.Generator | None = None,
         exact: bool | None = None,
+        backend: BackendName = "auto",
+        cache_bytes: int | None = None,
         return_stats: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -81,14 +85,20 @@ class OrthrusForCausalLM(OrthrusCheckpointMixin, OrthrusLM):
         - `sampling_rule`: `speculative` or `coupled` (the default where a seed is given); only with `do_sample=True`.
         - `seed`: the sampled text's seed; without one it comes from `generator` or torch's global generator.
         - `exact`: bit-identical logits with and without drafting; default on for bfloat16 and float16.
+        - `backend`: "auto" takes the engine on a GPU and warns, saying why, where it has to fall back to the portable
+          backend; "engine" and "portable" force one. On a CPU the engine's slow twins run, which are there for tests.
+        - `cache_bytes`: what the engine's keys and values take of the GPU's memory; as much as this call's rows may
+          need unless told. The engine stays with the model, and so do they, until `release_engine`.
         - `return_stats`: return (output, `DecodingStats` of all rows together).
         """
         for name, value in (("synced_gpus", synced_gpus), ("assistant_model", assistant_model)):
             if value:
                 raise ValueError(f"generate: {name} is not supported")
         check_kinds(
-            use_diffusion_mode=use_diffusion_mode, block_size=block_size, seed=seed, exact=exact, generator=generator
-        )
+            use_diffusion_mode=use_diffusion_mode, block_size=block_size, seed=seed, exact=exact, generator=generator,
+            cache_bytes=cache_bytes,
+        )  # fmt: skip
+        check_wish(backend, cache_bytes)
         if block_size == "auto" and seed is not None and sampling_rule == "speculative":
             raise ValueError(
                 "generate: with block_size='auto' widths follow the clock, and a seed does not fix a speculative text: "
@@ -104,6 +114,8 @@ class OrthrusForCausalLM(OrthrusCheckpointMixin, OrthrusLM):
             seed=seed,
             generator=generator,
             exact=exact,
+            backend=backend,
+            cache_bytes=cache_bytes,
             streamer=streamer,
             return_stats=return_stats,
         )
@@ -117,6 +129,18 @@ class OrthrusForCausalLM(OrthrusCheckpointMixin, OrthrusLM):
             custom_generate=generation,
             **kwargs,
         )
+
+    def release_engine(self) -> None:
+        """Free the engine's cache and graphs, if there are any; the next call that wants it builds another."""
+        if (keeper := loaded_keeper()) is not None:
+            keeper.release(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OrthrusForCausalLM":
+        """What `.to` and its like do; an engine over weights that were moved away would keep the old ones alive."""
+        super()._apply(fn, recurse)
+        if (keeper := loaded_keeper()) is not None:
+            keeper.release_moved(self)
+        return self
 
     def _extract_generation_mode_kwargs(self, custom_generate: Any, kwargs: dict, *args: Any, **named: Any) -> dict:
         """Keep the tokenizer, which transformers drops for a callable `custom_generate` though stop strings need it."""
@@ -135,6 +159,8 @@ class _Generation:
     seed: int | None
     generator: torch.Generator | None
     exact: bool | None
+    backend: BackendName
+    cache_bytes: int | None
     streamer: Any
     return_stats: bool
 
@@ -156,8 +182,6 @@ class _Generation:
         check_range(prompts, model.config.vocab_size)
         processors, sampling = _split_warpers(logits_processor, bool(config.do_sample))
         _refuse_stateful(processors)
-        backend = PortableBackend(model, exact=self.exact, prefill_chunk=config.prefill_chunk_size or PREFILL_CHUNK)
-        decoder = Decoder(backend, block_size=self.block_size)
         stops = _Stops.of(stopping_criteria, input_ids.shape[1])
         wants_logits = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
         requests = []
@@ -174,14 +198,30 @@ class _Generation:
                     logits=wants_logits,
                 )
             )
-        written = _Written(decoder, requests, self.streamer)
-        written.run()
-        if not stops.has_eos and stops.criteria:
-            written.level(stops.max_new_tokens)
-        output = _output(written, input_ids, config)
+        with self._choose(model, requests, config.prefill_chunk_size or PREFILL_CHUNK) as chosen:
+            decoder = Decoder(chosen.backend, block_size=self.block_size)
+            stats = DecodingStats(block_size=decoder.block_size, backend=chosen.name, refusal=chosen.refusal)
+            written = _Written(decoder, requests, self.streamer, stats)
+            written.run()
+            if not stops.has_eos and stops.criteria:
+                written.level(stops.max_new_tokens)
+            output = _output(written, input_ids, config)
         if self.streamer is not None:
             self.streamer.end()
         return (output, written.stats()) if self.return_stats else output
+
+    def _choose(self, model: OrthrusForCausalLM, requests: list[Request], prefill_chunk: int) -> Chosen:
+        chosen = choose_backend(
+            model,
+            wish=self.backend,
+            row_tokens=[len(request.prompt_ids) + request.stopping.max_new_tokens for request in requests],
+            exact=self.exact,
+            prefill_chunk=prefill_chunk,
+            cache_bytes=self.cache_bytes,
+        )
+        if chosen.refusal is not None:
+            warnings.warn(f"generate: decoding on the slower portable backend: {chosen.refusal}", stacklevel=2)
+        return chosen
 
     def _seeded(self, sampling: Sampling, copy: int) -> Sampling:
         """The row's own seed: the call's for the first sequence of a prompt, derived ones for the others."""
@@ -327,12 +367,12 @@ class _Place:
 class _Written:
     """What the rows of one call have written so far: the reader of the loop."""
 
-    def __init__(self, decoder: Decoder, requests: list[Request], streamer: Any):
+    def __init__(self, decoder: Decoder, requests: list[Request], streamer: Any, stats: DecodingStats):
         self._decoder = decoder
         self._requests = requests
         self._streamer = streamer
         self._of_row: dict[int, int] = {}
-        self._stats = DecodingStats(block_size=decoder.block_size)
+        self._stats = stats
         self.tokens: list[list[int]] = [[] for _ in requests]
         self.logits: list[list[Tensor]] = [[] for _ in requests]
         self.scores: list[list[Tensor]] = [[] for _ in requests]

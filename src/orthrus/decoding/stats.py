@@ -36,6 +36,10 @@ class DecodingStats:
     """Time of verify passes and plain steps, shared out likewise."""
     prefill_ms: float = 0.0
     """Time of all prefill passes, those that replay a preempted row included."""
+    backend: str | None = None
+    """"engine" or "portable", in the stats that `generate` returns."""
+    refusal: str | None = None
+    """Why "auto" did not take the engine on a GPU (`decoding/backends.py`)."""
 
     def __post_init__(self):
         self.acceptance_histogram = self.acceptance_histogram or [0] * self.block_size
@@ -93,7 +97,9 @@ class DecodingStats:
     def merge(self, other: "DecodingStats") -> "DecodingStats":
         """The counters of both together (a new object); the larger block size gives the lists their length."""
         block_size = max(self.block_size, other.block_size)
-        merged = DecodingStats(block_size=block_size)
+        merged = DecodingStats(
+            block_size=block_size, backend=self.backend or other.backend, refusal=self.refusal or other.refusal
+        )
         for one in (self, other):
             for name in _ADDED:
                 setattr(merged, name, getattr(merged, name) + getattr(one, name))

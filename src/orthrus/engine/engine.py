@@ -77,7 +77,7 @@ class EngineBackend:
         self._mask_token: int | None = config.mask_token_id
         self.prefill_chunk = prefill_chunk
         if num_pages is None:
-            num_pages = self._num_affordable(page_slots)
+            num_pages = affordable_bytes(self.device) // page_bytes(model, page_slots)
         self.pool = PagePool(num_pages, page_slots)
         self.tables = PageTables(self.pool)
         self._spare_page = num_pages  # behind the pool's: what padding writes is nobody's
@@ -177,11 +177,7 @@ class EngineBackend:
     def _check(self, row: Row) -> None:
         check_modules(self.model)
         self.weights.check_places(self.model)
-        if row.max_tokens > self.max_positions:
-            raise ValueError(
-                f"prompt and max_new_tokens are {row.max_tokens} tokens, the model's context is {self.max_positions}: "
-                "the engine decodes nothing beyond it; ask for fewer, or decode with the portable backend"
-            )
+        check_context(row.max_tokens, self.max_positions)
 
     def _prefill_pass(self, row: Row, start: int, stop: int) -> Tensor:
         """The AR view over the row's tokens start .. stop - 1, which become part of its cache. [stop - start, D]."""
@@ -217,12 +213,22 @@ class EngineBackend:
         self.tables.reserve(row, end)
         self.passes.copy_pages(self.tables.writable(row, start, end))
 
-    def _num_affordable(self, page_slots: int) -> int:
-        num_bytes = CPU_BYTES
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # what joining the weights freed is free
-            num_bytes = int(FREE_SHARE * torch.cuda.mem_get_info(self.device)[0])
-        return num_bytes // page_bytes(self.model, page_slots)
+
+def check_context(num_tokens: int, max_positions: int) -> None:
+    """`ValueError` for a row of more tokens, new ones included, than the model has positions."""
+    if num_tokens > max_positions:
+        raise ValueError(
+            f"prompt and max_new_tokens are {num_tokens} tokens, the model's context is {max_positions}: "
+            "the engine decodes nothing beyond it; ask for fewer, or decode with the portable backend"
+        )
+
+
+def affordable_bytes(device: torch.device) -> int:
+    """What pages may take of a device's memory as it is now."""
+    if device.type != "cuda":
+        return CPU_BYTES
+    torch.cuda.empty_cache()  # what joining the weights freed is free
+    return int(FREE_SHARE * torch.cuda.mem_get_info(device)[0])
 
 
 def page_bytes(model: nn.Module, page_slots: int) -> int:

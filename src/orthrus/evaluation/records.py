@@ -63,6 +63,11 @@ def here_and_now(device: torch.device) -> Origin:
     )
 
 
+def model_name(source: str) -> str:
+    """The name that records carry: a folder's own, a Hub id in full."""
+    return Path(source).resolve().name if Path(source).is_dir() else source
+
+
 def command_line() -> str:
     """The command that runs this process, with the module's name in place of its file."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)

@@ -15,8 +15,8 @@ import typer
 
 from orthrus.environment import bundled_or, pick_device
 from orthrus.evaluation.measurement import dtype_name, measure
-from orthrus.evaluation.records import ResultRecord, here_and_now, to_json, write_records
-from orthrus.evaluation.suites import Prompt, heldout_python_prompts, prompts_from_jsonl
+from orthrus.evaluation.records import ResultRecord, here_and_now, model_name, to_json, write_records
+from orthrus.evaluation.suites import Prompt, read_prompts
 from orthrus.evaluation.summary import records_of, summarise
 from orthrus.evaluation.tables import print_summaries
 from orthrus.model.checkpoint import load_model, load_tokenizer
@@ -59,16 +59,11 @@ class Settings:
     @property
     def model_name(self) -> str:
         """The name that records carry: a folder's own, a Hub id in full."""
-        return Path(self.source).name if Path(self.source).is_dir() else self.source
+        return model_name(self.source)
 
     def read_prompts(self) -> list[Prompt]:
         """The prompts, in order."""
-        if self.prompts is None:
-            return heldout_python_prompts(64 if self.num_prompts is None else self.num_prompts)
-        found = prompts_from_jsonl(self.prompts, field=self.field)
-        if len(found) < (self.num_prompts or 1):
-            raise ValueError(f"{self.prompts} has {len(found)} prompts, {self.num_prompts or 1} are wanted")
-        return found[: self.num_prompts]
+        return read_prompts(self.prompts, field=self.field, num_prompts=self.num_prompts, num_heldout=64)
 
 
 def facts(model: Any, settings: Settings, *, num_prompts: int) -> dict[str, Any]:

@@ -65,6 +65,19 @@ def prompts_from_jsonl(path: Path | str, *, field: str = "prompt") -> list[Promp
     return prompts
 
 
+def read_prompts(path: Path | None, *, field: str, num_prompts: int | None, num_heldout: int) -> list[Prompt]:
+    """The first prompts of a JSON Lines file, all of them for None; without a file so many held-out ones, `num_heldout`
+    for None."""
+    if num_prompts is not None and num_prompts < 1:
+        raise ValueError(f"num_prompts must be at least 1, got {num_prompts}")
+    if path is None:
+        return heldout_python_prompts(num_heldout if num_prompts is None else num_prompts)
+    found = prompts_from_jsonl(path, field=field)
+    if len(found) < (num_prompts or 1):
+        raise ValueError(f"{path} has {len(found)} prompts, {num_prompts or 1} are wanted")
+    return found[:num_prompts]
+
+
 def module_path(module: str) -> Path:
     """Source file of a standard library module, found without importing it."""
     stem = Path(sysconfig.get_paths()["stdlib"], *module.split("."))
