@@ -42,6 +42,8 @@ GEOMETRIC_N = 8.5
 """Tokens per cycle of the geometric trace, the published average's order."""
 TRACE_CYCLES = 4096
 """Cycles before a trace begins again."""
+TRACE_ROWS = 64
+"""Rows before they follow the same traces again."""
 WARM_CYCLES = 6
 """Eager, captured, and then some."""
 
@@ -71,28 +73,33 @@ def trace(name: str, block_size: int) -> list[int]:
 
 
 class ForcedPasses(Passes):
-    """Passes whose verification keeps as many drafts as a trace says, read and advanced on the device."""
+    """Passes whose verification keeps as many drafts as traces say, read and advanced on the device."""
 
-    forced_T: Tensor | None = None
+    forced_RT: Tensor | None = None
     at_1: Tensor
 
-    def force(self, counts: Sequence[int] | None) -> None:
-        """Follow this trace from its beginning; None: do as the comparison says. Graphs keep the buffers."""
-        if self.forced_T is None:
+    def force(self, traces: Sequence[Sequence[int]]) -> None:
+        """Row r follows trace r modulo their number, from its beginning. Graphs keep the buffers."""
+        if self.forced_RT is None:
             device = self.weights.embedding_VD.device
-            self.forced_T = torch.zeros(TRACE_CYCLES, dtype=torch.long, device=device)
+            self.forced_RT = torch.zeros(TRACE_ROWS, TRACE_CYCLES, dtype=torch.long, device=device)
             self.at_1 = torch.zeros(1, dtype=torch.long, device=device)
-        self.forced_T.copy_(torch.tensor(counts))
+        self.forced_RT.copy_(torch.tensor([traces[r % len(traces)] for r in range(TRACE_ROWS)]))
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Begin the traces again."""
         self.at_1.zero_()
 
     def accept(self, inputs: Inputs, targets_BW: Tensor) -> tuple[Tensor, Tensor]:
-        """The comparison, and then what the trace says, no more than each row's width."""
+        """The comparison, and then what the traces say, no more than each row's width."""
         num_accepted_B, committed_BW = super().accept(inputs, targets_BW)
-        if self.forced_T is None:
+        if self.forced_RT is None:
             return num_accepted_B, committed_BW
-        forced_1 = self.forced_T[self.at_1 % TRACE_CYCLES]
+        rows_B = torch.arange(len(num_accepted_B), device=targets_BW.device) % TRACE_ROWS
+        kept_B = self.forced_RT[rows_B, self.at_1 % TRACE_CYCLES]
         self.at_1.add_(1)
-        forced_B = torch.minimum(forced_1.expand_as(num_accepted_B), inputs.widths_B.clamp(min=0))
+        forced_B = torch.minimum(kept_B, inputs.widths_B.clamp(min=0))
         return forced_B + 0 * num_accepted_B, committed_BW
 
 
@@ -221,7 +228,7 @@ def measure_model(
     )
     passes = backend.passes
     assert isinstance(passes, ForcedPasses)
-    passes.force([0] * TRACE_CYCLES)
+    passes.force([[0] * TRACE_CYCLES])
     passes.keys_LPSGH.normal_()
     passes.values_LPSGH.normal_()
     for context in options.context:
@@ -230,7 +237,7 @@ def measure_model(
                 width = 0 if name == "ar" else block_size - 1
                 rows = rows_of(batch, context, block_size, width, vocab)
                 fill(backend, rows)
-                passes.force(trace("0" if name == "ar" else name, block_size))
+                passes.force([trace("0" if name == "ar" else name, block_size)])
                 value = run_cycles(backend, rows, options.cycles)
                 views: tuple[View, ...] = ("ar",) if name == "ar" else ("diffusion", "ar")
                 floor = sum(pass_bytes(backend, rows, view) for view in views) / tbps * 1e-9

@@ -13,7 +13,7 @@ import torch
 from orthrus.decoding.decoder import Decoder, Record, Request
 from orthrus.decoding.generate import OrthrusForCausalLM
 from orthrus.decoding.portable import PortableBackend
-from orthrus.engine.engine import EngineBackend, bucket
+from orthrus.engine.engine import EngineBackend, bucket, page_bytes
 from orthrus.engine.kv import OutOfPages
 from orthrus.engine.passes import Inputs, Passes
 from orthrus.engine.prefix import PrefixIndex
@@ -21,7 +21,7 @@ from orthrus.engine.scheduler import Scheduler
 from orthrus.environment import BUNDLED
 from orthrus.model.checkpoint import load_tokenizer
 from tests.decoding.checks import check_drafts
-from tests.decoding.subjects import BLOCK, decode_all, random_prompt, request, stock_text, subject
+from tests.decoding.subjects import BLOCK, decode_all, random_prompt, request, stock, stock_text, subject
 from tests.decoding.test_decoder import SAMPLED, Letters
 from tests.families import VARIANTS
 from tests.test_bundled import PROMPTS
@@ -376,6 +376,22 @@ def test_broken_weights_are_one_clear_error():
         backend.model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         Decoder(backend).admit(request([1, 2], 4))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_token_takes_the_bytes_of_the_base_models_cache(tied: bool):
+    """Keys and values once, for both views, as stock transformers keeps them for the base alone."""
+    model = subject(tied)
+    prompt = random_prompt(21)
+    with torch.no_grad():
+        layers = stock(tied)(input_ids=torch.tensor([prompt]), use_cache=True).past_key_values.layers
+    base_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) // len(prompt)
+    backend = EngineBackend(model, num_pages=5, page_slots=8)
+    pools = backend.passes.keys_LPSGH.nbytes + backend.passes.values_LPSGH.nbytes
+    assert pools == (5 + 1) * 8 * base_bytes, (
+        "more or less is kept for a token than by the base model; one page is spare"
+    )
+    assert page_bytes(model, 8) == 8 * base_bytes
 
 
 def test_buckets_are_powers_of_two_and_the_largest():

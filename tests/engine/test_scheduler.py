@@ -2,83 +2,18 @@
 
 import random
 from collections import Counter
-from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthrus.decoding.decoder import Decoder, Record, Request
+from orthrus.decoding.decoder import Decoder, Request
 from orthrus.decoding.portable import PortableBackend
 from orthrus.engine.prefix import PrefixIndex
 from orthrus.engine.scheduler import Scheduler
 from tests.decoding.subjects import decode_all, random_prompt, request, subject
 from tests.engine.paged import VOCABULARY, BudgetedBackend, FakeBackend
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request that comes in a step and may be cancelled some steps later."""
-
-    request: Request
-    step: int = 0
-    cancel_after: int | None = None
-
-
-class Run:
-    """A workload through a scheduler: texts by job, and what was seen on the way."""
-
-    def __init__(self, scheduler: Scheduler, jobs: list[Job], *, max_steps: int = 5000):
-        self.scheduler = scheduler
-        self.ids: dict[int, int] = {}
-        self.texts: dict[int, list[int]] = {}
-        self.records: dict[int, list[Record]] = {}
-        self.cancelled: set[int] = set()
-        self.first_records: list[int] = []
-        pending = sorted(range(len(jobs)), key=lambda j: jobs[j].step)
-        for step in range(max_steps):
-            while pending and jobs[pending[0]].step <= step:
-                job = pending.pop(0)
-                self.ids[scheduler.submit(jobs[job].request)] = job
-                self.texts[job], self.records[job] = [], []
-            for number, job in self.ids.items():
-                after = jobs[job].cancel_after
-                if after is not None and step == jobs[job].step + after and scheduler.cancel(number):
-                    self.cancelled.add(job)
-            if scheduler.is_idle and not pending:
-                return
-            self._step()
-        raise AssertionError("the scheduler does not come to an end")
-
-    def _step(self) -> None:
-        for number, record in self.scheduler.step().items():
-            job = self.ids[number]
-            assert job not in self.cancelled, "a cancelled request goes on"
-            if not self.records[job]:
-                self.first_records.append(number)
-            self.texts[job] += record.token_ids
-            self.records[job].append(record)
-
-    def check(self, jobs: list[Job], alone) -> None:
-        """Each text is the one of the request alone, or the beginning of it where it was cancelled."""
-        for job, text in self.texts.items():
-            expected = alone(jobs[job].request)
-            if job in self.cancelled:
-                assert text == expected[: len(text)]
-            else:
-                assert text == expected, f"request {job} writes another text in company"
-                assert self.records[job][-1].finish_reason is not None
-        assert self.first_records == sorted(self.first_records), "a request was served before an older one"
-
-
-def check_pages(backend: FakeBackend | BudgetedBackend, prefix: PrefixIndex | None) -> None:
-    """All pages come home."""
-    pool = backend.tables.pool
-    assert pool.num_free + (0 if prefix is None else len(prefix)) == pool.num_pages, "a page leaked"
-    if prefix is not None:
-        assert prefix.num_reclaimable == len(prefix)
-        prefix.clear()
-    assert pool.num_free == pool.num_pages
+from tests.engine.workload import Job, Run, check_pages
 
 
 def fake_alone(r: Request, *, is_invariant: bool, prefill_chunk: int = 8) -> list[int]:
@@ -145,7 +80,7 @@ def test_every_text_is_the_one_of_the_request_alone(jobs, num_pages, max_rows, s
     )  # fmt: skip
     run = Run(scheduler, jobs)
     run.check(jobs, lambda r: fake_alone(r, is_invariant=is_invariant))
-    check_pages(backend, prefix)
+    check_pages(backend.tables, prefix)
 
 
 def soak_jobs(num_jobs: int, rng: random.Random) -> list[Job]:
@@ -167,7 +102,7 @@ def test_soak():
     jobs = soak_jobs(400, random.Random(0))
     run = Run(scheduler, jobs)
     run.check(jobs, lambda r: fake_alone(r, is_invariant=False))
-    check_pages(backend, prefix)
+    check_pages(backend.tables, prefix)
     assert len(run.cancelled) > 20 and scheduler.num_preemptions > 20, "the workload is too easy to show anything"
     assert prefix.stats.num_reused > 0 and prefix.stats.num_evicted > 0
     assert any(kind == "replay" for kind, _, _ in backend.passes)
@@ -232,7 +167,7 @@ def test_the_youngest_gives_way_and_the_oldest_is_never_touched():
     assert prefilled[0] == 1, "the oldest was preempted"
     ends = [record.row for records in run.records.values() for record in records[-1:]]
     assert ends == [0, 1, 2]
-    check_pages(backend, None)
+    check_pages(backend.tables, None)
 
 
 def test_a_preempted_request_waits_until_it_may_stay():
@@ -267,7 +202,7 @@ def test_a_shared_beginning_is_computed_once():
     run.check(scheduler_jobs, lambda r: fake_alone(r, is_invariant=True))
     assert sum(n for kind, _, n in backend.passes if kind == "prefill") == 42 + 4 * 2
     assert prefix.stats.num_reused == 4 * 40
-    check_pages(backend, prefix)
+    check_pages(backend.tables, prefix)
 
 
 @pytest.mark.parametrize("reuses_new_tokens", [True, False])
@@ -311,7 +246,7 @@ def test_a_failing_prefill_ends_its_own_request_alone():
     assert scheduler.step() and not scheduler.failed
     while not scheduler.is_idle:
         scheduler.step()
-    check_pages(backend, None)
+    check_pages(backend.tables, None)
 
 
 def test_statistics_of_a_request_outlive_it_by_a_step():
@@ -353,4 +288,4 @@ def test_portable_texts_equal_those_alone(has_budget: bool):
     run.check(jobs, lambda r: decode_all(Decoder(PortableBackend(subject(), prefill_chunk=8)), [r])[0][0])
     assert run.cancelled and (not has_budget or scheduler.num_preemptions > 3)
     if isinstance(backend, BudgetedBackend):
-        check_pages(backend, None)
+        check_pages(backend.tables, None)

@@ -80,7 +80,7 @@ def _at(X, page, at, page_stride, stride, dims, S: tl.constexpr, TILE_K: tl.cons
 def _read(q, K, V, TABLE, table_pages, page, kp, ks, vp, vs, first, last, stop_M, is_own, dims, is_dim, scale,
           S: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, BLOCK_H: tl.constexpr,
           BY: tl.constexpr):  # fmt: skip
-    """The state of the keys at slots first .. last - 1, of which a query sees those below its `stop`; `end`: the last.
+    """The state of the keys at slots first .. last - 1, of which a query sees those below its `stop`.
 
     A tile's page is looked up one tile ahead: keys are copied ahead only if their addresses wait for no load.
     """
@@ -88,7 +88,7 @@ def _read(q, K, V, TABLE, table_pages, page, kp, ks, vp, vs, first, last, stop_M
     all_see = tl.min(stop_M, 0)
     for at in range(first, last, TILE_K):
         slots = at + tl.arange(0, TILE_K)
-        is_there = (slots < end)[:, None] & is_dim[None, :]
+        is_there = (slots < last)[:, None] & is_dim[None, :]
         k = tl.load(_at(K, page, at, kp, ks, dims, S, TILE_K), mask=is_there, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=BY)
         if at + TILE_K > all_see:
