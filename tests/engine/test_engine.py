@@ -13,6 +13,8 @@ import torch
 from orthrus.decoding.decoder import Decoder, Record, Request
 from orthrus.decoding.generate import OrthrusForCausalLM
 from orthrus.decoding.portable import PortableBackend
+from orthrus.decoding.row import Row
+from orthrus.decoding.sampling import Sampling
 from orthrus.engine.engine import EngineBackend, bucket, page_bytes
 from orthrus.engine.kv import OutOfPages
 from orthrus.engine.passes import Inputs, Passes
@@ -312,6 +314,53 @@ def test_an_unchanged_batch_is_not_sent_again():
         assert int(numbers[0, row]) == decoder.tokens(row)[-1]
         assert int(numbers[1, row]) == backend.length(row)
     assert numbers[:, 3].tolist() == [0, 0, -1], "the padding row moved"
+
+
+@pytest.mark.parametrize("lengths", [(30,), (30, 5, 17)])
+def test_looking_ahead_changes_nothing_and_drafts_each_cycle_once(
+    lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+):
+    backend = engine(looks_ahead=True)
+    num_drafts = 0
+    draft = backend.passes.draft
+
+    def counted(inputs: Inputs) -> None:
+        nonlocal num_drafts
+        num_drafts += 1
+        draft(inputs)
+
+    monkeypatch.setattr(backend.passes, "draft", counted)
+    records = check_same(backend, [request(random_prompt(n, n), 60) for n in lengths])
+    num_cycles = max(sum(r.row == row and r.num_drafted > 0 for r in records) for row in range(len(lengths)))
+    # One in vain for each time that the batch or a width changes: at the ends of rows.
+    assert num_cycles <= num_drafts <= num_cycles + 2 * len(lengths), f"{num_drafts} drafts in {num_cycles} cycles"
+
+
+def test_what_was_drafted_ahead_is_not_taken_for_another_row():
+    """A row that takes over page, length, anchor and width of the one that was drafted for, but not its text."""
+    backend = engine(looks_ahead=True, page_slots=256)
+    first = row_of(random_prompt(20, 1))
+    first.tokens += backend.prefill(first).outcomes[0].tokens
+    for _ in range(3):
+        first.tokens += backend.cycle([first]).outcomes[0].tokens
+    assert backend._ahead is not None
+    anchor, length = first.tokens[-1], backend.length(0)
+    backend.release(0)
+    drafts = []
+    for each in (backend, engine(looks_ahead=False, page_slots=256)):
+        row = row_of(random_prompt(length, 2))
+        each.prefill(row)
+        row.tokens.append(anchor)
+        drafts.append(each.cycle([row]).outcomes[0].drafts)
+    assert drafts[0] == drafts[1]
+
+
+def row_of(prompt: list[int]) -> Row:
+    """A greedy row that drafts a whole block."""
+    return Row(
+        index=0, tokens=list(prompt), num_prompt=len(prompt), max_tokens=120, block_size=BLOCK, sampling=Sampling(),
+        seed=0, width=BLOCK - 1,
+    )  # fmt: skip
 
 
 def test_too_few_pages_is_an_error_that_changes_nothing():

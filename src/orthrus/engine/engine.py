@@ -14,6 +14,7 @@ the block size.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ def bucket(number: int, *, largest: int | None = None) -> int:
 class EngineBackend:
     """Prefill, cycle and release over an `OrthrusLM`, whose parameters become views of the engine's joined weights.
 
+    `looks_ahead`: whether the device drafts while the host reads (on a GPU unless told; see `cycle`).
     `num_pages` pages of `page_slots` tokens each are taken at once: by default what 0.9 of a GPU's free memory holds.
     Raises `ValueError` naming what the engine does not compute; `OutOfPages` when rows need more pages than there are,
     with every row as it was.
@@ -64,6 +66,7 @@ class EngineBackend:
         ops: Ops | None = None,
         graphs: Graphs | None = None,
         make_passes: type[Passes] = Passes,
+        looks_ahead: bool | None = None,
     ):
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
@@ -91,6 +94,9 @@ class EngineBackend:
         )
         self.graphs = Graphs.on(self.device) if graphs is None else graphs
         self._inputs: dict[Shape, Inputs] = {}
+        self._looks_ahead = self.device.type == "cuda" if looks_ahead is None else looks_ahead
+        self._ahead: _Ahead | None = None
+        self._last_widths: list[int] = []
 
     def experience(self, block_size: int) -> Experience:
         """What this process knows of the model in this engine: survival and cycle times."""
@@ -106,6 +112,7 @@ class EngineBackend:
         `num_kept` slots. New tokens of a row that was preempted are prefilled as its prompt is: their bits are the same
         in a pass of any shape. `limit`: see `Backend`.
         """
+        self._ahead = None  # what is drafted may be about to have another past
         watch = Stopwatch(self.device)
         watch.mark()
         self._check(row)
@@ -127,45 +134,45 @@ class EngineBackend:
 
     @torch.inference_mode()
     def cycle(self, rows: list[Row]) -> Cycle:
-        """One draft pass (unless every width is 0), one verify pass, acceptance, one host read, commit."""
-        watch = Stopwatch(self.device)
-        watch.mark()
+        """One draft pass (unless every width is 0), one verify pass, acceptance, one host read, commit.
+
+        While the host reads, the device drafts for the cycle after this one, if that is likely to have the same rows
+        and widths (`_is_steady`). A draft that nobody wants then leaves no trace.
+        """
         is_drafting = any(row.width for row in rows)
         if is_drafting and self._mask_token is None:
             raise ValueError("the configuration has no mask_token_id: this model cannot draft, decode without drafting")
-        inputs = self._batch(rows)
-        choice = None if all(map(is_plain, rows)) else _Choice(rows, inputs, self.passes, self.graphs)
+        inputs, is_same = self._batch(rows)
+        ahead, self._ahead = self._ahead, None
+        if not all(map(is_plain, rows)):
+            return self._chosen_cycle(rows, inputs)
+        drafting = None
         if is_drafting:
-            self.graphs.run(self.passes.draft, inputs) if choice is None else choice.draft()
+            is_drafted = ahead is not None and ahead.inputs is inputs and is_same
+            drafting = ahead.watch if is_drafted else self._draft(inputs)
+        watch = Stopwatch(self.device)
         watch.mark()
-        if choice is None:
-            inputs.forget()
-            self.graphs.run(self.passes.verify, inputs)
-            result_BX, num_columns = inputs.result_BX[: len(rows)], inputs.shape.num_columns
-        else:
-            result_BX, num_columns = choice.verify(), choice.num_columns
-        watch.mark()  # before the read, which waits for it
-        result = result_BX.tolist()
-        outcomes = []
-        for row, (accepted, *rest) in zip(rows, result, strict=True):
-            self.tables.commit(row.index, accepted + 1)
-            drafts = rest[num_columns : num_columns + row.width]
-            outcomes.append(Outcome(tokens=rest[: accepted + 1], drafts=drafts))
-        if choice is None:
-            anchors, lengths = [o.tokens[-1] for o in outcomes], [self.tables.length(row.index) for row in rows]
-            inputs.know(anchors, lengths, [row.width for row in rows])
-        else:
-            choice.report(outcomes)
-        draft_ms = watch.between(0, 1) if is_drafting else 0.0
-        return Cycle(outcomes=outcomes, draft_ms=draft_ms, verify_ms=watch.between(1, 2))
+        inputs.forget()
+        self.graphs.run(self.passes.verify, inputs)
+        watch.mark()
+        read = inputs.begin_read()
+        if is_drafting and self._is_steady(rows):
+            self._ahead = _Ahead(inputs, self._draft(inputs))
+        outcomes = self._commit(rows, read(), inputs.shape.num_columns)
+        anchors, lengths = [o.tokens[-1] for o in outcomes], [self.tables.length(row.index) for row in rows]
+        inputs.know(anchors, lengths, [row.width for row in rows])
+        draft_ms = 0.0 if drafting is None else drafting.between(0, 1)
+        return Cycle(outcomes=outcomes, draft_ms=draft_ms, verify_ms=watch.between(0, 1))
 
     def release(self, row: int) -> None:
         """Forget a row, if it is known, and give its pages back."""
+        self._ahead = None  # its pages may become another's, with other text
         if row in self.tables:
             self.tables.remove(row)
 
     def truncate(self, row: int, length: int) -> None:
         """Forget a row's cached tokens from `length` on."""
+        self._ahead = None
         self.tables.truncate(row, length)
 
     def length(self, row: int) -> int:
@@ -191,8 +198,11 @@ class EngineBackend:
         self.tables.commit(row.index, stop - start)
         return hidden_RD
 
-    def _batch(self, rows: Sequence[Row]) -> Inputs:
-        """The buffers of this batch's shape, with the batch in them and pages for all that it may commit."""
+    def _batch(self, rows: Sequence[Row]) -> tuple[Inputs, bool]:
+        """The buffers of this batch's shape, with the batch in them and pages for all that it may commit.
+
+        And whether they had this batch in them already, as the last cycle left it.
+        """
         num_columns = bucket(max(row.width for row in rows) + 1, largest=self.max_block_size)
         for row in rows:
             self._make_writable(row.index, row.num_cached, row.num_cached + row.width + 1)
@@ -201,13 +211,55 @@ class EngineBackend:
         shape = Shape(bucket(len(rows)), num_columns, num_pages)
         if (inputs := self._inputs.get(shape)) is None:
             inputs = self._inputs[shape] = Inputs(shape, spare_page=self._spare_page, like_VD=self.weights.embedding_VD)
-        inputs.write(
+        is_same = inputs.write(
             [row.tokens[-1] for row in rows],
             [row.num_cached for row in rows],
             [row.width for row in rows],
             [self.tables.pages(row.index)[:num_pages] for row in rows],
         )
-        return inputs
+        return inputs, is_same
+
+    # The halves of a cycle
+
+    def _draft(self, inputs: Inputs) -> Stopwatch:
+        """Greedy drafts, and the time they take between marks 0 and 1."""
+        watch = Stopwatch(self.device)
+        watch.mark()
+        self.graphs.run(self.passes.draft, inputs)
+        watch.mark()
+        return watch
+
+    def _is_steady(self, rows: Sequence[Row]) -> bool:
+        """Whether the next cycle is likely to have the same rows and widths: the last one had the same widths, and no
+        row can have its last token after this cycle unless it writes an end."""
+        widths = [row.width for row in rows]
+        was_same, self._last_widths = widths == self._last_widths, widths
+        return self._looks_ahead and was_same and all(len(row.tokens) + row.width + 1 < row.max_tokens for row in rows)
+
+    def _commit(self, rows: Sequence[Row], result: list[list[int]], num_columns: int) -> list[Outcome]:
+        """What each row keeps of its accepted drafts, committed tokens and drafts."""
+        outcomes = []
+        for row, (accepted, *rest) in zip(rows, result, strict=False):  # behind the rows there is padding
+            self.tables.commit(row.index, accepted + 1)
+            drafts = rest[num_columns : num_columns + row.width]
+            outcomes.append(Outcome(tokens=rest[: accepted + 1], drafts=drafts))
+        return outcomes
+
+    def _chosen_cycle(self, rows: list[Row], inputs: Inputs) -> Cycle:
+        """A cycle of rows that argmax alone does not decide."""
+        watch = Stopwatch(self.device)
+        watch.mark()
+        choice = _Choice(rows, inputs, self.passes, self.graphs)
+        is_drafting = any(row.width for row in rows)
+        if is_drafting:
+            choice.draft()
+        watch.mark()
+        result_BX = choice.verify()
+        watch.mark()  # before the read, which waits for it
+        outcomes = self._commit(rows, result_BX.tolist(), choice.num_columns)
+        choice.report(outcomes)
+        draft_ms = watch.between(0, 1) if is_drafting else 0.0
+        return Cycle(outcomes=outcomes, draft_ms=draft_ms, verify_ms=watch.between(1, 2))
 
     def _make_writable(self, row: int, start: int, end: int) -> None:
         self.tables.reserve(row, end)
@@ -242,6 +294,13 @@ def is_plain(row: Row) -> bool:
     """Whether a row is decided by argmax alone, so that logits need not be kept."""
     has_wishes = row.processor is not None or row.wants_logprobs or row.wants_logits
     return row.sampling.effective_rule == "greedy" and not has_wishes
+
+
+class _Ahead(NamedTuple):
+    """Drafts of a cycle that is not asked for yet."""
+
+    inputs: Inputs
+    watch: Stopwatch
 
 
 class _Choice:

@@ -13,7 +13,7 @@ tensor a cycle, and writes only what it knows to have changed.
     vocabulary, L = layers, P = pages, S = slots of a page, G = key/value heads, H = head dimension
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,23 +60,43 @@ class Inputs:
         self._numbers_3B = numbers_3B
         self._known: list[list[int]] | None = None
         self._pages: list[Sequence[int]] = [()] * num_rows
+        self._host_BX: Tensor | None = None
 
     def write(
         self, anchors: Sequence[int], lengths: Sequence[int], widths: Sequence[int], pages: Sequence[Sequence[int]]
-    ) -> None:
-        """Put a batch in; what is there already is not sent again."""
+    ) -> bool:
+        """Put a batch in; what is there already is not sent again. Whether nothing changed but pages behind a row's."""
         assert len(anchors) <= self.shape.num_rows, f"{len(anchors)} rows do not fit {self.shape}"
         numbers = self._padded(anchors, lengths, widths)
-        if numbers != self._known:
+        is_same = numbers == self._known
+        if not is_same:
             self._numbers_3B.copy_(torch.tensor(numbers, dtype=torch.int32))
             self._known = numbers
         padding = [()] * (self.shape.num_rows - len(pages))
         for b, own in enumerate([*pages, *padding]):
             if own != self._pages[b]:
                 assert len(own) <= self.shape.num_pages, f"{len(own)} pages do not fit {self.shape}"
+                is_same = is_same and list(own[: len(self._pages[b])]) == list(self._pages[b])
                 table = [*own, *[self.spare_page] * (self.shape.num_pages - len(own))]
                 self.tables_BM[b].copy_(torch.tensor(table, dtype=torch.int32))
                 self._pages[b] = own
+        return is_same
+
+    def begin_read(self) -> Callable[[], list[list[int]]]:
+        """Have `result_BX` copied to the host as it is at this point of the device's work; waits when called."""
+        if not self.result_BX.is_cuda:
+            return self.result_BX.tolist
+        if self._host_BX is None:
+            self._host_BX = torch.empty(self.result_BX.shape, dtype=torch.long, pin_memory=True)
+        host_BX, copied = self._host_BX, torch.cuda.Event()
+        host_BX.copy_(self.result_BX, non_blocking=True)
+        copied.record()
+
+        def read() -> list[list[int]]:
+            copied.synchronize()
+            return host_BX.tolist()
+
+        return read
 
     def addresses(self) -> tuple[int, ...]:
         """Where the buffers lie: what a captured graph reads and writes."""
