@@ -188,7 +188,7 @@ def test_a_broken_clause_is_noticed(monkeypatch, tmp_path: Path, old: str, new: 
     ("old", "new"),
     [
         ("slots[None, :] < stop_M[:, None]", "slots[None, :] <= stop_M[:, None]"),
-        ("if at + TILE_K > all_see:", "if at + TILE_K > all_see + 4:"),
+        ("tl.min(stop_M, 0), last)", "tl.max(stop_M, 0), last)"),
         (
             "_at(V, page, at, vp, vs, dims, S, TILE_K), mask=is_there",
             "_at(V, page, at, vp, vs, dims, S, TILE_K), mask=is_dim[None, :]",

@@ -77,30 +77,45 @@ def _at(X, page, at, page_stride, stride, dims, S: tl.constexpr, TILE_K: tl.cons
 
 
 @triton.jit
+def _add_tile(acc, peak, total, q, k, v, slots, stop_M, scale, MASKED: tl.constexpr, BY: tl.constexpr):
+    """A state with a tile of keys in it; MASKED: of which a query sees those below its `stop`."""
+    scores = tl.dot(q, tl.trans(k), input_precision=BY)
+    if MASKED:
+        scores = tl.where(slots[None, :] < stop_M[:, None], scores, -float("inf"))
+    top = tl.maximum(peak, tl.max(scores, 1) * scale)
+    shift = tl.broadcast_to(-top[:, None], scores.shape)
+    weights = tl.exp2(tl.fma(scores, tl.full(scores.shape, scale, tl.float32), shift))
+    fade = tl.exp2(peak - top)
+    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=BY)
+    return acc, top, tl.fma(total, fade, tl.sum(weights, 1))
+
+
+@triton.jit
 def _read(q, K, V, TABLE, table_pages, page, kp, ks, vp, vs, first, last, stop_M, is_own, dims, is_dim, scale,
-          S: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, BLOCK_H: tl.constexpr,
+          S: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
           BY: tl.constexpr):  # fmt: skip
     """The state of the keys at slots first .. last - 1, of which a query sees those below its `stop`.
 
-    A tile's page is looked up one tile ahead: keys are copied ahead only if their addresses wait for no load.
+    Tiles that all queries see are read without masks, the rest with; on those both compute the same. A tile's page is
+    looked up one tile ahead: keys are copied ahead only if their addresses wait for no load.
     """
     acc, peak, total = _none(TILE_M, BLOCK_H)
-    all_see = tl.min(stop_M, 0)
-    for at in range(first, last, TILE_K):
+    some = first + tl.maximum(tl.minimum(tl.min(stop_M, 0), last) - first, 0) // TILE_K * TILE_K
+    for at in range(first, some, TILE_K):
+        if H == BLOCK_H:
+            k = tl.load(_at(K, page, at, kp, ks, dims, S, TILE_K))
+            v = tl.load(_at(V, page, at, vp, vs, dims, S, TILE_K))
+        else:
+            k = tl.load(_at(K, page, at, kp, ks, dims, S, TILE_K), mask=is_dim[None, :], other=0.0)
+            v = tl.load(_at(V, page, at, vp, vs, dims, S, TILE_K), mask=is_dim[None, :], other=0.0)
+        acc, peak, total = _add_tile(acc, peak, total, q, k, v, at + tl.arange(0, TILE_K), stop_M, scale, False, BY)
+        page = _page(TABLE, at + TILE_K, table_pages, is_own, S, TILE_K)
+    for at in range(some, last, TILE_K):
         slots = at + tl.arange(0, TILE_K)
         is_there = (slots < last)[:, None] & is_dim[None, :]
         k = tl.load(_at(K, page, at, kp, ks, dims, S, TILE_K), mask=is_there, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=BY)
-        if at + TILE_K > all_see:
-            scores = tl.where(slots[None, :] < stop_M[:, None], scores, -float("inf"))
-        top = tl.maximum(peak, tl.max(scores, 1) * scale)
-        shift = tl.broadcast_to(-top[:, None], scores.shape)
-        weights = tl.exp2(tl.fma(scores, tl.full(scores.shape, scale, tl.float32), shift))
-        fade = tl.exp2(peak - top)
         v = tl.load(_at(V, page, at, vp, vs, dims, S, TILE_K), mask=is_there, other=0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=BY)
-        total = tl.fma(total, fade, tl.sum(weights, 1))
-        peak = top
+        acc, peak, total = _add_tile(acc, peak, total, q, k, v, slots, stop_M, scale, True, BY)
         page = _page(TABLE, at + TILE_K, table_pages, is_own, S, TILE_K)
     return acc, peak, total
 
@@ -176,7 +191,7 @@ def read_part(
     wait(HOPPER)
     q = tl.load(Q + heads_M[:, None] * H + dims[None, :], mask=is_dim[None, :], other=0.0)
     acc, peak, total = _read(q, K, V, TABLE, table_pages, page, kp, ks, vp, vs, first, last, stop_M, is_own,
-                             dims, is_dim, scale, S, TILE_M, TILE_K, BLOCK_H, BY)  # fmt: skip
+                             dims, is_dim, scale, S, TILE_M, TILE_K, H, BLOCK_H, BY)  # fmt: skip
     to = part * num_rows * num_heads + heads_M
     if (first < last) | is_own:
         tl.store(ACC + to[:, None] * H + dims[None, :], acc, mask=is_query[:, None] & is_dim[None, :])
@@ -253,6 +268,6 @@ def read_all(
         page = _page(TABLE, first, table_pages, is_own, S, TILE_K)
         one_acc, one_peak, one_total = _read(q, k_part, v_part, TABLE, table_pages, page, kp_, ks_, vp_, vs_, first,
                                              last, stop_, is_own, dims, is_dim, scale, S, TILE_M, TILE_K,
-                                             BLOCK_H, BY)  # fmt: skip
+                                             H, BLOCK_H, BY)  # fmt: skip
         acc, peak, total = _fold(acc, peak, total, one_acc, one_peak, one_total)
     _store(OUT, heads_M, acc, total, is_query, dims, is_dim, H)
