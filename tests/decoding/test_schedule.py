@@ -26,6 +26,7 @@ from orthrus.decoding.schedule import (
     Schedule,
     Shape,
     Survival,
+    ascending,
     auto_block_size,
     distance,
     experience_of,
@@ -210,7 +211,7 @@ def measured(costs: PlaceCosts, times: dict[int, float], *, rounds: int = 30, sl
 
 def test_costs_are_those_that_were_measured():
     costs = PlaceCosts(1, WIDTHS, SHAPES["cpu"])
-    times = {0: 5.0, 3: 9.0, 7: 30.0, 15: 31.0, 31: 20.0}
+    times = {0: 5.0, 3: 9.0, 7: 30.0, 15: 31.0, 31: 50.0}
     measured(costs, times, rounds=60)
     assert costs.in_plain_steps() == pytest.approx([ms / 5.0 for ms in times.values()], rel=0.05)
 
@@ -247,6 +248,15 @@ def test_what_was_not_measured_follows_from_what_was(free: float, factor: float)
     measured(costs, {width: times[width] for width in (0, 3, 7)})
     wanted = times[31] / times[0]
     assert abs(math.log(costs.in_plain_steps()[-1] / wanted)) < 0.3 * abs(math.log(expected / wanted))
+
+
+def test_no_width_is_cheaper_than_a_narrower_one():
+    costs = PlaceCosts(1, WIDTHS, SHAPES["cpu"])
+    measured(costs, {0: 5.0, 3: 18.0, 7: 9.0, 15: 12.0})  # width 3 was disturbed throughout
+    _, three, seven, fifteen, _ = costs.in_plain_steps()
+    assert three == seven <= fifteen
+    assert ascending([1.0, 4.0, 2.0, 3.0, 9.0], [1.0, 1.0, 3.0, 1.0, 1.0]) == [1.0, 2.5, 2.5, 3.0, 9.0]
+    assert ascending([3.0, 2.0, 1.0], [1.0, 1.0, 1.0]) == [2.0, 2.0, 2.0]
 
 
 def test_doubt_falls_with_times_and_grows_again_without():
