@@ -11,7 +11,6 @@ from orthrus.decoding.decoder import Decoder
 from orthrus.decoding.portable import PortableBackend
 from orthrus.decoding.schedule import (
     FIRST_CREDIT,
-    MAX_CREDIT,
     MEMORY,
     PRIOR_RATE,
     SHAPES,
@@ -114,8 +113,9 @@ def test_a_new_process_does_not_try_what_its_device_cannot_do():
 def test_equal_times_and_acceptance_give_equal_widths():
     found: list[list[int]] = [[], []]
     for widths in found:
-        load = Load(texts=TEXTS["100/100"], rows=20, tokens=500)
-        run(Schedule(Experience(32)), MACHINES["bf16 noisy"], load, seed=5, widths=widths)
+        load = Load(texts=TEXTS["mixed"], rows=20, tokens=300)
+        run(Schedule(Experience(32), device_type="cuda"), MACHINES["gpu noisy"], load, seed=5, widths=widths)
+    assert len(set(found[0])) > 2
     assert found[0] == found[1]
 
 
@@ -224,10 +224,11 @@ def test_first_cycles_and_disturbed_ones_do_not_count():
     assert costs.in_plain_steps()[:3] == pytest.approx([1.0, 1.8, 2.0], rel=0.1)
 
 
-def test_a_machine_that_is_slower_for_a_while_makes_no_width_dear():
+@pytest.mark.parametrize("slow", [1.3, 40.0])
+def test_a_machine_that_is_slower_for_a_while_makes_no_width_dear(slow: float):
     costs = PlaceCosts(1, WIDTHS, SHAPES["cpu"])
     measured(costs, {0: 5.0, 3: 9.0})
-    measured(costs, {3: 9.0}, rounds=100, slow=2.0)
+    measured(costs, {3: 9.0}, rounds=30, slow=slow)
     assert costs.in_plain_steps()[1] == pytest.approx(1.8, rel=0.15), "the width in use was compared with faster times"
 
 
@@ -235,9 +236,19 @@ def test_a_width_that_was_disturbed_when_it_was_measured_is_found_out():
     costs = PlaceCosts(1, WIDTHS, SHAPES["cpu"])
     measured(costs, {0: 5.0, 3: 9.0})
     measured(costs, {7: 30.0}, rounds=6)
-    assert costs.in_plain_steps()[2] > 3.5
+    assert costs.in_plain_steps()[2] > 2.5
     measured(costs, {0: 5.0, 7: 10.0}, rounds=20)
     assert costs.in_plain_steps()[2] == pytest.approx(2.0, rel=0.1)
+
+
+def test_a_machine_that_stalls_for_seconds_leaves_no_trace():
+    """It stalls in the middle, or from the first cycle on, and whatever width is the first to see it recover."""
+    for calm, first in itertools.product((0, 30), (0, 3, 7)):
+        costs, times = PlaceCosts(1, WIDTHS, SHAPES["cpu"]), {0: 5.0, 3: 9.0, 7: 12.0}
+        measured(costs, times, rounds=calm)
+        measured(costs, times, rounds=10, slow=40.0)
+        measured(costs, {first: times[first]}, rounds=30)
+        assert costs.in_plain_steps()[:3] == pytest.approx([1.0, 1.8, 2.4], rel=0.15), (calm, first)
 
 
 @pytest.mark.parametrize(("free", "factor"), [(4.0, 2.0), (32.0, 1.6)])
@@ -300,7 +311,8 @@ def test_choosing_takes_all_rows_into_account():
 
 def test_rows_without_room_are_not_drafted_for():
     schedule = Schedule(Experience(8))
-    assert schedule.choose([Candidate(schedule.new_survival(), 0)] * 3, 300) == 0
+    assert schedule.choose([Candidate(schedule.new_survival(), 0)], 300) == 0
+    assert schedule.choose([Candidate(schedule.new_survival(), 9)], 300) > 0, "nothing would have been tried anyway"
 
 
 def test_credit_is_not_saved_up_without_end():
@@ -308,10 +320,13 @@ def test_credit_is_not_saved_up_without_end():
     schedule = Schedule(experience)
     candidates = [Candidate(schedule.new_survival(), 100)]
     measured(experience.table.at(place_of(1, 300)), {0: 1.0, 3: 20.0, 7: 20.0})  # nothing can pay
-    for _ in range(1000):
-        assert schedule.choose(candidates, 300) == 0
-        schedule.learn(candidates, 300, [0], [0], 1.0)
-    assert FIRST_CREDIT < experience.credit <= MAX_CREDIT
+    saved = []
+    for _ in range(2):
+        for _ in range(400):
+            assert schedule.choose(candidates, 300) == 0
+            schedule.learn(candidates, 300, [0], [0], 1.0)
+        saved.append(experience.credit)
+    assert FIRST_CREDIT < saved[0] == saved[1]
 
 
 def test_in_doubt_plain():

@@ -220,6 +220,8 @@ MAX_TIMES = 32.0
 """Times that the mean of a width's cost stands for, at most."""
 FIT_TIMES = 4.0
 """Times as which a width counts in the fit, at most."""
+FIT_CYCLES = 32
+"""Cycles between two fits, once the widths in use are known."""
 CARRIED_SHARE = 0.25
 """Of the weight of what was measured at the nearest place, at a new one."""
 COST_MEMORY = 0.998
@@ -228,7 +230,9 @@ LEVEL_GAIN = 0.15
 """How fast the level of all widths follows the times of one whose cost is well known."""
 SURPRISE, RELIEF = 0.4, 0.7
 """Logarithms. A time so much longer than expected was disturbed: it counts as if it were this, and not at all in a
-width's first cycles, which compile and capture. One so much shorter says that what was expected had been disturbed."""
+width's first cycles, which compile and capture. One so much shorter says that the level had been disturbed."""
+MAX_SURPRISES = 4
+"""Cycles in a row that take much longer than expected: then that is the level."""
 
 
 def ascending(values: Sequence[float], weights: Sequence[float]) -> list[float]:
@@ -258,6 +262,8 @@ class PlaceCosts:
         self._over = [0.0] * len(widths)
         self._weights = [0.0] * len(widths)
         """Times that `_over` stands for, as of the width's last cycle."""
+        self._num_surprises = 0
+        """Cycles one after the other that took much longer than expected."""
         self._num_seen = [0] * len(widths)
         self._last_cycle = [0] * len(widths)
         self._fitted: list[float] | None = None
@@ -299,28 +305,19 @@ class PlaceCosts:
         self._num_seen[i] += 1
         self._last_cycle[i], self._weights[i] = self.num_cycles, weight
         error = time - self._level - over
-        if self.num_cycles == 1 or error < -RELIEF:
-            if not self._is_disturbed(i):
-                self._level += error
-                return
-            weight = 0.0
-        elif error > SURPRISE and self._num_seen[i] <= 2:
+        self._num_surprises = self._num_surprises + 1 if error > SURPRISE else 0
+        is_relief = error < -RELIEF and weight >= max(self._weights)
+        if self.num_cycles == 1 or is_relief or self._num_surprises == MAX_SURPRISES:
+            self._level += error
             return
-        self._level += LEVEL_GAIN * weight / (weight + FIT_TIMES) * min(error, SURPRISE)
-        own = self._over[i] if weight else min(over, time - self._level)
-        self._over[i] = own + min(time - self._level - own, SURPRISE) / (weight + 1)
+        if error > SURPRISE and self._num_seen[i] <= 2:
+            return
+        self._level += LEVEL_GAIN * weight / (weight + FIT_TIMES) * max(-RELIEF, min(error, SURPRISE))
+        own = self._over[i] if weight else over
+        self._over[i] = own + max(-RELIEF, min(time - self._level - own, SURPRISE)) / (weight + 1)
         self._weights[i] = min(weight + 1, MAX_TIMES)
-        if weight < 2 * FIT_TIMES:
+        if weight < FIT_TIMES or self.num_cycles % FIT_CYCLES == 0:
             self._fitted = None
-
-    def _is_disturbed(self, i: int) -> bool:
-        """Whether a time far shorter than expected says that of width number i alone, since others are better known;
-        else it says it of the level, and of all widths while none is well known."""
-        most = max(self._weights)
-        if most < FIT_TIMES:
-            self._weights = [0.0] * len(self._weights)
-            self._fitted = None
-        return FIT_TIMES <= most and self._weights[i] < most
 
     def _fit(self) -> list[float]:
         """The likeliest shape and draft factor: each width's cost over the level by them."""
