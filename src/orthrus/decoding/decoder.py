@@ -121,7 +121,7 @@ class Decoder:
         self._schedule: Schedule | None = None
         if block_size == "auto":
             block_size = auto_block_size(largest, exact=backend.exact, device_type=backend.device.type)
-            self._schedule = Schedule(backend.experience(block_size))
+            self._schedule = Schedule(backend.experience(block_size), device_type=backend.device.type)
         block_size = largest if block_size is None else block_size
         if not (isinstance(block_size, int) and 2 <= block_size <= largest):
             raise ValueError(f"block_size must be 2 .. {largest} (the trained size) or 'auto', got {block_size!r}")

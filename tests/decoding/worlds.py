@@ -1,0 +1,230 @@
+"""Simulated machines and texts for `block_size="auto"`: how fast a policy writes, against every fixed width.
+
+A world draws what drafts are kept and how noisy a measured time is; what is summed up are the true times, so that
+a policy decides on noise but is judged without it. `python -m tests.decoding.worlds` prints the table of all worlds.
+"""
+
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from orthrus.decoding.schedule import Candidate, Experience, Schedule, Survival
+
+BLOCK = 32
+FIXED = (0, 3, 7, 15, 31)
+"""Widths of the blocks that auto is measured against; 0 is plain decoding."""
+PROMPT = 300
+"""Tokens before each text."""
+
+Text = Callable[[int], float]
+"""text(tokens written) -> how often a draft behind kept ones is kept there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What passes take, and how well it can be measured."""
+
+    base_ms: float
+    free_positions: float
+    """Positions up to which a pass costs hardly more than one of a single position."""
+    position_ms: float
+    """Each position beyond them."""
+    draft_share: float = 1.0
+    """A draft pass's time over that of a verify pass."""
+    noise: float = 0.0
+    """Standard deviation of the logarithm of a measured time; 3 in 100 are three times too long as well."""
+    device_type: str = "cuda"
+    """A cuda machine rounds rows up to powers of two, as the engine does."""
+
+    def pass_ms(self, rows: int, columns: int) -> float:
+        """Of one pass."""
+        if self.device_type == "cuda":
+            rows = 1 << (rows - 1).bit_length()
+        positions = rows * columns
+        return self.base_ms * (1 + 0.0003 * positions) + self.position_ms * max(0.0, positions - self.free_positions)
+
+    def cycle_ms(self, rows: int, width: int) -> float:
+        """Of a draft pass, unless nothing is drafted, and a verify pass."""
+        return self.pass_ms(rows, width + 1) * (1 + self.draft_share * (width > 0))
+
+    def measured(self, rng: random.Random, ms: float) -> float:
+        """What a clock says of a cycle."""
+        if not self.noise:
+            return ms
+        return ms * rng.lognormvariate(0, self.noise) * (3 if rng.random() < 0.03 else 1)
+
+
+def cpu(ratio: float, *, noise: float = 0.0) -> Machine:
+    """A machine whose pass of 32 positions takes `ratio` times as long as its pass of one."""
+    per_position = 7.0 * (ratio - 1) / 31
+    return Machine(base_ms=7.0, free_positions=1, position_ms=per_position, noise=noise, device_type="cpu")
+
+
+def gpu(*, draft_share: float = 1.0, noise: float = 0.0) -> Machine:
+    """8B on an H200: 4.6 ms a pass, 0.61 ms more for every 32 positions beyond the ridge."""
+    return Machine(
+        base_ms=4.6, free_positions=190, position_ms=0.61 / 32, draft_share=draft_share, noise=noise
+    )  # fmt: skip
+
+
+MACHINES = {
+    "gpu": gpu(),
+    "gpu fp8": gpu(draft_share=0.55),
+    "gpu noisy": gpu(noise=0.2),
+    "bf16 1.5": cpu(1.5),
+    "bf16 2.4": cpu(2.4),
+    "bf16 noisy": cpu(2.0, noise=0.2),
+    "fp32 4": cpu(4.0),
+    "fp32 9": cpu(9.0),
+    "fp32 noisy": cpu(6.0, noise=0.2),
+}
+
+
+def steady(rate: float) -> Text:
+    return lambda written: rate
+
+
+def switching(low: float, high: float, first: int, second: int) -> Text:
+    """`first` tokens at the low rate, then `second` at the high one, and again."""
+    return lambda written: low if written % (first + second) < first else high
+
+
+TEXTS: dict[str, list[Text]] = {
+    "N 12.7": [steady(0.929)],
+    "N 8.5": [steady(0.885)],
+    "N 3.7": [steady(0.73)],
+    "N 2.0": [steady(0.5)],
+    "N 1.3": [steady(0.23)],
+    "N 1.0": [steady(0.02)],
+    "300/300": [switching(0.02, 0.929, 300, 300)],
+    "100/100": [switching(0.1, 0.885, 100, 100)],
+    "20/200": [switching(0.02, 0.929, 20, 200)],
+    "100/20": [switching(0.02, 0.929, 100, 20)],
+    "mixed": [steady(0.929), steady(0.02), steady(0.73), steady(0.3)],
+    "mixed 1/4": [steady(0.929), steady(0.02), steady(0.02), steady(0.02)],
+}
+
+
+class Policy(Protocol):
+    """Whoever chooses widths: `Schedule`, or a fixed one."""
+
+    def new_survival(self) -> Survival: ...
+
+    def choose(self, candidates: Sequence[Candidate], num_slots: int) -> int: ...
+
+    def learn(
+        self, candidates: Sequence[Candidate], num_slots: int, widths: Sequence[int], accepted: Sequence[int], ms: float
+    ) -> None: ...
+
+
+class Fixed:
+    """The policy of a fixed block size."""
+
+    def __init__(self, width: int):
+        self.width = width
+
+    def new_survival(self) -> Survival:
+        return Survival(BLOCK, memory=1.0)
+
+    def choose(self, candidates: Sequence[Candidate], num_slots: int) -> int:
+        return self.width
+
+    def learn(
+        self, candidates: Sequence[Candidate], num_slots: int, widths: Sequence[int], accepted: Sequence[int], ms: float
+    ) -> None:
+        pass
+
+
+@dataclass(slots=True)
+class _Row:
+    text: Text
+    survival: Survival
+    written: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """What is to be written: `rows` rows of these kinds, in turn, `tokens` tokens each."""
+
+    texts: Sequence[Text]
+    rows: int
+    tokens: int
+    is_open: bool = False
+    """Whether a finished row's place is taken by a new one of its kind, until `tokens` are written on average; else
+    rows get fewer and fewer."""
+
+
+def run(policy: Policy, machine: Machine, load: Load, *, seed: int, widths: list[int] | None = None) -> float:
+    """True milliseconds a token; the width of each cycle is appended to `widths`."""
+    rng = random.Random(seed)
+    active = [_Row(load.texts[i % len(load.texts)], policy.new_survival()) for i in range(load.rows)]
+    total, ms = 0, 0.0
+    while total < load.rows * load.tokens and active:
+        candidates = [Candidate(row.survival, load.tokens - row.written - 1) for row in active]
+        num_slots = PROMPT + max(row.written for row in active)
+        width = policy.choose(candidates, num_slots)
+        used = [min(width, candidate.room) for candidate in candidates]
+        accepted = [_kept(rng, row.text(row.written), drafted) for row, drafted in zip(active, used, strict=True)]
+        cycle_ms = machine.cycle_ms(len(active), max(used))
+        policy.learn(candidates, num_slots, used, accepted, machine.measured(rng, cycle_ms))
+        ms += cycle_ms
+        total += len(accepted) + sum(accepted)
+        for row, kept in zip(active, accepted, strict=True):
+            row.written += kept + 1
+        if widths is not None:
+            widths.append(width)
+        if load.is_open:
+            active = [row if row.written < load.tokens else _Row(row.text, policy.new_survival()) for row in active]
+        else:
+            active = [row for row in active if row.written < load.tokens]
+    return ms / total
+
+
+def _kept(rng: random.Random, rate: float, width: int) -> int:
+    return next((j for j in range(width) if rng.random() >= rate), width)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Speed of auto over those of plain decoding and of the best fixed width, which may be 0: means over seeds."""
+
+    cold: tuple[float, float]
+    """In a process that has written nothing yet."""
+    warm: tuple[float, float]
+    """In one that has written the same load, other texts of the same kinds, once before."""
+    best_width: int
+
+
+def judge(machine: Machine, load: Load, *, seeds: int) -> Verdict:
+    """Auto against every fixed width."""
+    numbers = range(seeds)
+    fixed = {width: sum(run(Fixed(width), machine, load, seed=i) for i in numbers) / seeds for width in FIXED[1:]}
+    fixed[0] = run(Fixed(0), machine, load, seed=0)
+    cold = warm = 0.0
+    for i in numbers:
+        experience = Experience(BLOCK)
+        cold += run(Schedule(experience, device_type=machine.device_type), machine, load, seed=i) / seeds
+        warm += run(Schedule(experience, device_type=machine.device_type), machine, load, seed=1000 + i) / seeds
+    best = min(fixed, key=lambda width: fixed[width])
+    return Verdict((fixed[0] / cold, fixed[best] / cold), (fixed[0] / warm, fixed[best] / warm), best)
+
+
+def main(names: Sequence[str]) -> None:
+    """A line for each of these machines (all, if none is named), batch and text."""
+    print("auto over plain decoding / over the best fixed width (which); cold and warm, 200 and 2,000 tokens a row")
+    for name in names or list(MACHINES):
+        for rows in (1, 4, 16, 64):
+            for text, texts in TEXTS.items():
+                cells = []
+                for tokens, num_tokens in ((200, 16000), (2000, 24000)):
+                    load = Load(texts=texts, rows=rows, tokens=tokens, is_open=len(texts) > 1)
+                    verdict = judge(MACHINES[name], load, seeds=-(-num_tokens // (rows * tokens)))
+                    cells += [f"{plain:6.3f} / {best:5.3f}" for plain, best in (verdict.cold, verdict.warm)]
+                    cells.append(f"({verdict.best_width:2})")
+                print(f"{name:11}{rows:3} {text:10}", *cells, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
