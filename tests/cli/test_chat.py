@@ -56,6 +56,16 @@ def test_the_backend_is_named_and_the_engine_keeps_the_history_too(chat_model: P
     assert "--backend slow" in refused("chat", "--model", chat_model, "--backend", "slow", stdin="hello\n")
 
 
+def test_drafts_in_fp8_say_the_same(chat_model: Path):
+    talk = ("chat", "--model", chat_model, *FIXED, "--backend", "engine")
+    expected = run(*talk, stdin="hello\nmore\n")
+    answered = run(*talk, "--draft-precision", "fp8", stdin="hello\nmore\n")
+    assert answered.stdout == expected.stdout and answered.stdout.strip()
+    assert answered.stderr.count("note: drafts read a second copy") == 1 and "note" not in expected.stderr
+    for more in (["--draft-precision", "fp4"], ["--draft-precision", "fp8", "--no-diffusion"]):
+        assert "--draft-precision fp" in refused(*talk, *more, stdin="hello\n")
+
+
 def test_stats_and_unknown_commands(chat_model: Path):
     result = run("chat", "--model", chat_model, *FIXED, stdin="/stats\nhello\n/stats\n/nonsense\n")
     assert "nothing decoded yet" in result.stdout and "tokens per cycle" in result.stdout

@@ -4,14 +4,17 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from orthrus.cli import session
+from orthrus.cli import options, session
 from orthrus.cli.app import app
+from orthrus.decoding.backends import BackendName, DraftPrecision
+from orthrus.evaluation.batches import BatchMeasurement
 from tests.cli.commands import OFFLINE, PROGRAM, last_json, refused, run, run_process
 from tests.cli.tiny import CONTEXT, END, START
 
@@ -103,6 +106,38 @@ def test_the_backend_is_named_and_writes_the_same_text(model: Path):
     assert compared["identical"] and compared["backend"] == "engine"
     arguments = ("--model", model, "--dtype", "float32", "--max-new-tokens", 12, "--compare", "--backend", "engine")
     assert ", engine backend, " in run("generate", PROMPT, *arguments).stdout
+
+
+FP8 = ("--backend", "engine", "--draft-precision", "fp8")
+
+
+def test_drafts_in_fp8_write_the_same_text_and_their_copy_is_noted_once(model: Path):
+    answer = generate(model, PROMPT, *FP8)
+    assert answer["text"] == generate(model, PROMPT, "--no-diffusion")["text"]
+    assert answer["draft_precision"] == "fp8" and answer["stats"]["num_cycles"] > 0
+    assert generate(model, PROMPT, "--backend", "engine")["draft_precision"] is None
+    arguments = ("generate", PROMPT, "--model", model, "--dtype", "float32", "--max-new-tokens", 12)
+    result = run(*arguments, *FP8, "--compare")
+    assert result.stderr.count("note: drafts read a second copy of the weights in fp8: 0.0 MB more") == 1, "once"
+    assert "engine backend, drafts in fp8, " in result.stdout and "texts identical: yes" in result.stdout
+    assert "note" not in run(*arguments, "--backend", "engine").stderr
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"), [(30_000, "0.0 MB"), (99_900_000, "99.9 MB"), (100e6, "0.1 GB"), (7_660_000_000, "7.7 GB")]
+)
+def test_what_the_copy_takes_is_said_in_a_unit_of_its_size(
+    num_bytes: int, text: str, capsys: pytest.CaptureFixture[str]
+):
+    found = BatchMeasurement(
+        batch=1, backend="engine", exact=True, refusal=None, draft_precision="fp8", draft_bytes=num_bytes
+    )
+    session.note_backend(found)
+    assert capsys.readouterr().err == f"note: drafts read a second copy of the weights in fp8: {text} more\n"
+
+
+def test_options_are_those_of_the_library():
+    assert (options.BACKENDS, options.DRAFT_PRECISIONS) == (get_args(BackendName), get_args(DraftPrecision))
 
 
 def test_a_refused_engine_is_noted_once(model: Path, monkeypatch: pytest.MonkeyPatch):
@@ -225,6 +260,10 @@ def test_long_prompt_is_refused_with_both_lengths(model: Path):
         (["generate", "x", "--backend", "fast"], "--backend fast"),
         (["generate", "x", "--backend", "engine", "--attn", "eager"], "--attn eager"),
         (["generate", "x", "--backend", "engine", "--exact", "--device", "cpu"], "exact=True"),
+        (["generate", "x", "--backend", "engine", "--draft-precision", "int4"], "--draft-precision int4: choose fp8"),
+        (["generate", "x", "--backend", "portable", "--draft-precision", "fp8"], "effect with --backend portable"),
+        (["generate", "x", "--no-diffusion", *FP8], "effect with --no-diffusion"),
+        (["generate", "x", "--device", "cpu", "--draft-precision", "fp8"], "this model is on cpu"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else value,
 )

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import orthrus.decoding.verify as verify
 from orthrus.decoding.decoder import Decoder
 from orthrus.decoding.portable import PortableBackend
+from orthrus.decoding.sampling import Laws, Sampling, warp
 from orthrus.model.attention import run_layers
 from tests.decoding.subjects import MASK, RiggedBackend, decode_all, request
 
@@ -145,6 +146,33 @@ def check_speculative_law() -> None:
                             weight *= p_of(whole[:i])[whole[i]]
                         law[whole] += weight
             torch.testing.assert_close(law, joint_law(3), rtol=0, atol=1e-9, msg=f"another law: {q_law}, width {width}")
+
+
+COMPANY = [
+    Sampling(temperature=0.7),
+    Sampling(temperature=0.7, top_p=0.9),
+    Sampling(temperature=1.3, top_k=50, top_p=0.6),
+    Sampling(temperature=1.0, min_p=0.05),
+    Sampling(),
+    Sampling(temperature=0.9, top_p=0.95, min_p=0.01),
+    Sampling(temperature=0.1),
+]
+"""Rows that agree in nothing."""
+
+
+def check_scores_in_company(device: torch.device, num_tokens: int) -> None:
+    """A row's scores have the same bits alone, at one position or several, and among rows of other laws."""
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(len(COMPANY), 8, num_tokens, generator=generator, device=device) * 3
+    logits[:, 1::2] = logits[:, 1::2].round()  # ties, and many tokens of one probability
+    logits[:, 0, ::7] -= 300  # tokens of probability 0
+    logits[:, 2] = logits[:, 2, :1] - torch.arange(num_tokens, device=device).ge(10) * 200  # ten of probability 0.1
+    together = warp(logits, Laws.of(COMPANY, device))
+    for b, sampling in enumerate(COMPANY):
+        laws = Laws.of([sampling], device)
+        for columns in (slice(None), *(slice(t, t + 1) for t in range(logits.shape[1]))):
+            alone = warp(logits[b : b + 1, columns], laws)[0]
+            assert torch.equal(alone, together[b, columns]), f"{sampling}, columns {columns}: others change its scores"
 
 
 def chi_squared(counts: Tensor, law: Tensor) -> float:

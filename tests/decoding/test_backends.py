@@ -14,6 +14,7 @@ from transformers import LogitsProcessorList, MaxTimeCriteria, StoppingCriteriaL
 
 from orthrus.decoding import backends
 from orthrus.decoding.generate import OrthrusForCausalLM
+from orthrus.engine import reference
 from tests.decoding.subjects import MASK, random_prompt, subject
 from tests.decoding.test_generate import IDS, Recorder, padded_batch
 from tests.decoding.test_lossless import PreferEven, StopOnSum
@@ -124,6 +125,57 @@ def test_what_no_setting_of_a_call_changes_is_refused_too(on_gpu: None, monkeypa
         copy.deepcopy(subject()).generate(IDS, max_new_tokens=3, backend="engine")
 
 
+DRAFTED = [
+    {},
+    {"block_size": 3},
+    {"block_size": "auto"},
+    {"do_sample": True, "temperature": 0.9, "top_p": 0.9, "seed": 4},
+    {"repetition_penalty": 1.3, "eos_token_id": [3, 9]},
+]
+
+
+@pytest.mark.parametrize("settings", DRAFTED, ids=lambda settings: "-".join(settings) or "greedy")
+def test_drafts_in_fp8_write_the_same_text(model: OrthrusForCausalLM, settings: dict, monkeypatch: pytest.MonkeyPatch):
+    call: dict[str, Any] = {"input_ids": BATCH, "attention_mask": ATTENTION_MASK, "max_new_tokens": 30} | settings
+    expected = model.generate(**call, backend="engine")
+    read = count_fp8_products(monkeypatch)
+    output, stats = model.generate(**call, backend="engine", draft_precision="fp8", return_stats=True)
+    assert output.tolist() == expected.tolist() and stats.backend == "engine"
+    assert stats.num_cycles and bool(read), "no draft read the copy"
+
+
+def count_fp8_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with every product that reads weights in fp8."""
+    read, product = [], reference._product
+
+    def spy(x_RD: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
+        if weight_ED.dtype == torch.float8_e4m3fn:
+            read.append(len(x_RD))
+        return product(x_RD, weight_ED)
+
+    monkeypatch.setattr(reference, "_product", spy)
+    return read
+
+
+def test_drafts_in_fp8_are_refused_where_the_engine_does_not_run(model: OrthrusForCausalLM):
+    call: dict[str, Any] = {"input_ids": IDS, "max_new_tokens": 9, "draft_precision": "fp8"}
+    with pytest.raises(ValueError, match="'auto' takes it on a GPU, this model is on cpu"):
+        model.generate(**call)
+    with pytest.raises(ValueError, match="leave out backend='portable'"):
+        model.generate(**call, backend="portable")
+    with pytest.raises(ValueError, match="no effect with use_diffusion_mode=False"):
+        model.generate(**call, backend="engine", use_diffusion_mode=False)
+
+
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_auto_does_not_fall_back_where_fp8_was_wanted(model: OrthrusForCausalLM, on_gpu: None, reason: str):
+    call: dict[str, Any] = {"input_ids": IDS, "max_new_tokens": 9, "draft_precision": "fp8"}
+    _, stats = model.generate(**call, return_stats=True)
+    assert stats.backend == "engine"
+    with pytest.raises(ValueError, match=f"draft_precision='fp8' is for the engine alone.*{reason}"):
+        model.generate(**call | REFUSALS[reason](model))
+
+
 def test_a_chosen_attention_is_run_unless_the_engine_is_forced(on_gpu: None):
     model = copy.deepcopy(subject(implementation="eager"))
     with pytest.warns(UserWarning, match="attn_implementation 'eager'"):
@@ -149,6 +201,8 @@ def test_code_beside_a_checkpoint_has_no_engine(model: OrthrusForCausalLM, on_gp
         ({"backend": "portable", "cache_bytes": 10**6}, "no effect with backend='portable'"),
         ({"cache_bytes": 0.5}, "cache_bytes must be int"),
         ({"backend": "engine", "block_size": 99}, "block_size must be"),
+        ({"backend": "engine", "draft_precision": "int4"}, "draft_precision must be 'fp8' or None, got 'int4'"),
+        ({"backend": "engine", "draft_precision": 8}, "draft_precision must be str"),
     ],
 )
 def test_a_users_mistake_is_named(model: OrthrusForCausalLM, settings: dict, message: str):

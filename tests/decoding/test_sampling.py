@@ -1,11 +1,13 @@
 """Laws against transformers' warpers, and noise that is a function of (seed, position, purpose) and nothing else."""
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -27,7 +29,7 @@ from orthrus.decoding.sampling import (
     uniforms,
     warp,
 )
-from tests.decoding.checks import chi_squared
+from tests.decoding.checks import COMPANY, check_scores_in_company, chi_squared
 
 CPU = torch.device("cpu")
 SAMPLINGS = st.builds(
@@ -64,6 +66,68 @@ def test_a_greedy_row_among_others_keeps_its_argmax():
     logits = torch.randn(2, 1, 31)
     scores = warp(logits, Laws.of([Sampling(), Sampling(temperature=0.5, top_k=2, top_p=0.5, min_p=0.2)], CPU))
     torch.testing.assert_close(scores[0], logits[0])
+
+
+def test_scores_have_the_same_bits_alone_and_in_company():
+    check_scores_in_company(CPU, 512)
+
+
+class Operands(TorchDispatchMode):
+    """The second operands of divisions, products and comparisons."""
+
+    NAMES = ("div", "mul", "lt", "le", "gt", "ge")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.NAMES:
+            self.found.append((name, args[1]))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("samplings", [COMPANY, *([one] for one in COMPANY)])
+def test_settings_enter_the_scores_as_tensors(samplings: list[Sampling]):
+    """CUDA divides by a Python number with its reciprocal; this is what a CPU can show of that."""
+    logits = torch.randn(len(samplings), 2, 31)
+    laws = Laws.of(samplings, CPU)
+    with Operands() as operands:
+        warp(logits, laws)
+    numbers = {(name, other) for name, other in operands.found if not isinstance(other, torch.Tensor)}
+    # Exact wherever they are computed.
+    assert numbers <= {("mul", 2.0**60), ("gt", 0)}, "a setting entered as a Python number"
+    assert {tensor.dtype for tensor in (laws.temperature, laws.tail, laws.min_p)} == {torch.float32}
+    assert laws.temperature.shape == laws.top_k.shape == laws.tail.shape == laws.min_p.shape == (len(samplings), 1, 1)
+
+
+def num_kept_of_equals(num_tokens: int, top_p: float) -> tuple[int, float]:
+    """How many of so many equally likely tokens top-p keeps, all of them behind those that it drops; and their p."""
+    logits = torch.zeros(1, 1, num_tokens)
+    kept = warp(logits, Laws.of([Sampling(temperature=1.0, top_p=top_p)], CPU)).isfinite()[0, 0]
+    num_kept = int(kept.sum())
+    assert kept[num_tokens - num_kept :].all(), "which of equals go must not depend on how a sort is done"
+    return num_kept, logits.softmax(-1)[0, 0, 0].item()
+
+
+@pytest.mark.parametrize("num_dropped", [7, 1_003, 15_000, 29_998])
+def test_top_p_adds_up_exactly(num_dropped: int):
+    """Rounded to fp32 the sum of one token more would be the tail, too."""
+    num_tokens = 30_011
+    _, p = num_kept_of_equals(num_tokens, 0.5)
+    above = num_dropped + 1
+    while Fraction(tail := torch.tensor(above * p).item()) >= above * Fraction(p):  # else it is rounded up
+        above += 1
+    assert num_kept_of_equals(num_tokens, 1 - tail)[0] == num_tokens - above + 1
+
+
+@pytest.mark.parametrize("num_tokens", [3, 5, 7, 10, 23, 100])
+def test_the_mass_that_top_p_drops_is_rounded_as_transformers_rounds_it(num_tokens: int):
+    """A token's probability is the tail itself: to the bit, one is dropped."""
+    top_p = 1 - 1 / num_tokens
+    stock = TopPLogitsWarper(top_p)(torch.tensor([[0]]), torch.zeros(1, num_tokens))
+    assert num_kept_of_equals(num_tokens, top_p)[0] == stock.isfinite().sum() == num_tokens - 1
 
 
 def test_noise_does_not_depend_on_batch_or_block():

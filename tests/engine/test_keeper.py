@@ -11,11 +11,14 @@ import torch
 from transformers import StoppingCriteriaList
 
 from orthrus.decoding import backends
+from orthrus.decoding.backends import DraftPrecision
 from orthrus.decoding.decoder import Decoder
 from orthrus.decoding.generate import OrthrusForCausalLM
 from orthrus.engine import keeper
 from orthrus.engine.engine import PAGE_SLOTS, page_bytes
 from orthrus.engine.keeper import FIRST_TOKENS, KeptEngine, borrow
+from orthrus.engine.quantise import quantise_rows
+from orthrus.engine.weights import copies_bytes
 from tests.decoding.subjects import random_prompt, request, stock_text, subject
 
 PROMPT = random_prompt(9)
@@ -96,7 +99,7 @@ def test_cache_bytes_is_the_size_of_the_cache(model: OrthrusForCausalLM):
 def test_memory_that_is_too_little_is_refused_or_taken_as_it_is(
     model: OrthrusForCausalLM, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(keeper, "free_pages", lambda model: 2)
+    monkeypatch.setattr(keeper, "free_pages", lambda model, more_bytes: 2)
     with pytest.raises(ValueError, match="may need 192 tokens of cache, the GPU's free memory holds 128"):
         write(model, 150)
     assert write(model, 100) == stock_text(PROMPT, 100), "pages for what it needs, no floor above the memory"
@@ -109,12 +112,106 @@ def test_memory_that_is_too_little_is_refused_or_taken_as_it_is(
 
 
 def test_a_row_that_never_fits_is_a_users_mistake(model: OrthrusForCausalLM, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(keeper, "free_pages", lambda model: 1)
+    monkeypatch.setattr(keeper, "free_pages", lambda model, more_bytes: 1)
     with backends.choose_backend(model, wish="engine", row_tokens=[256], is_elastic=True) as chosen:
         decoder = Decoder(chosen.backend)
         with pytest.raises(ValueError, match="are 100 tokens, the engine's cache holds 64"):
             decoder.admit(request(PROMPT, 91))
         assert decoder.admit(request(PROMPT, 12)).token_ids
+
+
+# What its drafts read
+
+
+def precision_of(model: OrthrusForCausalLM) -> str | None:
+    engine = engine_of(model)
+    assert engine is not None
+    return engine.weights.draft_precision
+
+
+def test_another_precision_takes_the_place_of_the_engine_and_keeps_its_pages(
+    model: OrthrusForCausalLM, monkeypatch: pytest.MonkeyPatch
+):
+    write(model, 200)
+    old, built = weakref.ref(engine_of(model)), []
+
+    def build(*arguments: Any, **settings: Any) -> KeptEngine:
+        built.append((old(), settings["num_pages"], settings["draft_precision"]))
+        return KeptEngine(*arguments, **settings)
+
+    monkeypatch.setattr(keeper, "KeptEngine", build)
+    num_pages = FIRST_TOKENS // PAGE_SLOTS
+    assert write(model, draft_precision="fp8") == stock_text(PROMPT, 12)
+    assert built == [(None, num_pages, "fp8")], "the old engine's memory is there when the new one is built"
+    assert write(model, 30, draft_precision="fp8") == stock_text(PROMPT, 30) and len(built) == 1
+    assert write(model) == stock_text(PROMPT, 12) and built[1:] == [(None, num_pages, None)]
+
+
+def test_a_call_without_drafts_takes_an_engine_of_any_precision(model: OrthrusForCausalLM):
+    write(model, draft_precision="fp8")
+    engine = engine_of(model)
+    assert write(model, use_diffusion_mode=False) == stock_text(PROMPT, 12) and engine_of(model) is engine
+    call: dict[str, Any] = {"input_ids": IDS.repeat(20, 1), "max_new_tokens": 240, "backend": "engine"}
+    model.generate(**call, use_diffusion_mode=False)
+    assert precision_of(model) is None, "an engine that is built anyway has no copy that nobody asked for"
+
+
+def test_copies_are_counted_before_they_are_made(model: OrthrusForCausalLM, monkeypatch: pytest.MonkeyPatch):
+    """On a GPU with so much free memory, pages are what the copies leave."""
+    num_bytes = copies_bytes(model, "fp8")
+    each = page_bytes(model, PAGE_SLOTS)
+    asked = []
+
+    def free_pages(model: torch.nn.Module, more_bytes: int) -> int:
+        asked.append(more_bytes)
+        return (2 * each - more_bytes) // each
+
+    monkeypatch.setattr(keeper, "free_pages", free_pages)
+    num_taken = -(-num_bytes // each)
+    assert write(model, 100) == stock_text(PROMPT, 100) and asked == [0]
+    with pytest.raises(ValueError, match=rf"holds {max(0, 4 - num_taken) * PAGE_SLOTS} beside {num_bytes} bytes of dr"):
+        write(model, 240, draft_precision="fp8")
+    assert asked == [0, num_bytes] and precision_of(model) is None, "a refusal leaves the engine as it was"
+    monkeypatch.setattr(keeper, "free_pages", lambda model, more_bytes: -1)
+    assert write(model, draft_precision="fp8") == stock_text(PROMPT, 12)
+    engine = engine_of(model)
+    assert engine is not None and engine.pool.num_pages == 1 and engine.weights.draft_bytes == num_bytes
+    monkeypatch.setattr(keeper, "free_pages", free_pages)
+    write(model, 100)
+    assert asked[2:] == [-num_bytes], "what the copies give back is free"
+
+
+def test_copies_follow_weights_that_are_edited(model: OrthrusForCausalLM):
+    write(model, draft_precision="fp8")
+    engine = engine_of(model)
+    model.load_state_dict(subject(seed=5).state_dict())
+    assert write(model, draft_precision="fp8") == stock_text(PROMPT, 12, seed=5)
+    fresh = engine_of(model)
+    assert fresh is not None and fresh is not engine
+    copy_VD, scale_V = quantise_rows(model.lm_head.weight)
+    head = fresh.weights.head["diffusion"]
+    assert head.scale_E is not None and torch.equal(head.scale_E, scale_V)
+    assert torch.equal(head.weight_ED.float(), copy_VD.float())
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    write(model, draft_precision="fp8")
+    assert engine_of(model) is not fresh
+    write(model)
+    plain = engine_of(model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    write(model)
+    assert engine_of(model) is plain, "without copies edits are seen as they are"
+
+
+def test_widths_are_learnt_for_each_precision(model: OrthrusForCausalLM):
+    experiences = []
+    precisions: tuple[DraftPrecision | None, ...] = (None, "fp8", None)
+    for precision in precisions:
+        loan = borrow(model, row_tokens=[20], draft_precision=precision)
+        experiences.append(loan.backend.experience(8))
+        loan.close()
+    assert experiences[0] is experiences[2] is not experiences[1]
 
 
 # How long it lives

@@ -9,7 +9,7 @@ from torch import nn
 from orthrus.decoding.decoder import Decoder
 from orthrus.decoding.generate import OrthrusForCausalLM
 from orthrus.engine.engine import EngineBackend
-from orthrus.engine.weights import join, rotary_tables, take_weights
+from orthrus.engine.weights import check_draft_precision, copies_bytes, join, rotary_tables, take_weights
 from tests.decoding.subjects import decode_all, random_prompt, request, stock_text, subject
 from tests.families import VARIANTS
 
@@ -111,6 +111,26 @@ def test_what_would_not_be_run_is_refused(name: str):
         decoder.admit(request(random_prompt(3), 2))
     hook.remove()
     decoder.admit(request(random_prompt(3), 2))
+
+
+@pytest.mark.parametrize("variant", ["qwen3", "qwen2"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_copies_take_is_known_before_they_are_made(tied: bool, variant: str):
+    model = copy.deepcopy(subject(tied, variant=variant))
+    expected = copies_bytes(model, "fp8")
+    before = sum(storages(model).values())
+    assert take_weights(model, "fp8").draft_bytes == expected > 0
+    assert copies_bytes(model, None) == take_weights(model).draft_bytes == 0
+    assert sum(storages(model).values()) == before
+
+
+def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    check_draft_precision(None, torch.device("cuda"))
+    with pytest.raises(ValueError, match="compute capability 8.9 or more.*this one has 8.0"):
+        check_draft_precision("fp8", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    check_draft_precision("fp8", torch.device("cuda"))
 
 
 def test_weights_of_several_dtypes_are_refused():

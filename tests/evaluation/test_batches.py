@@ -162,6 +162,19 @@ def test_records_say_what_they_depend_on_and_are_told_apart(output: tuple[str, P
         assert value("num_tokens", batch=batch, drafting=True) == value("num_tokens", batch=batch, drafting=False)
 
 
+def test_drafts_in_fp8_are_in_the_records_of_drafts(checkpoint: Path, prompt_file: Path):
+    arguments = ["--model", checkpoint, "--prompts", prompt_file, "--dtype", "float32", "--block-size", 4, "--json"]
+    settings = ["--device", "cpu", "--max-new-tokens", NUM_NEW, "--backend", "engine", "--draft-precision", "fp8"]
+    result = run("bench", "decode", *arguments, *settings)
+    assert result.stderr.count("note: drafts read a second copy of the weights in fp8") == 1
+    assert "engine backend, drafts in fp8, " in result.stdout.splitlines()[0]
+    records = last_json(result.stdout)
+    found = {(record["params"]["drafting"], record["params"]["draft_precision"]) for record in records}
+    assert found == {(True, "fp8"), (False, None)}
+    (equal,) = [record["value"] for record in records if record["name"] == "identical_texts"]
+    assert equal == len(TEXTS)
+
+
 def test_a_refused_engine_is_noted(checkpoint: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("orthrus.decoding.backends.is_preferred", lambda model: True)
     arguments = ["--model", checkpoint, "--prompts", prompt_file, "--num-prompts", 1, "--max-new-tokens", 4]
@@ -184,6 +197,8 @@ def test_a_refused_engine_is_noted(checkpoint: Path, prompt_file: Path, monkeypa
         (["--dtype", "float8"], "--dtype float8"),
         (["--device", "toaster"], "--device toaster"),
         (["--backend", "engine", "--exact"], "exact=True"),
+        (["--backend", "portable", "--draft-precision", "fp8"], "--draft-precision fp8"),
+        (["--draft-precision", "fp8"], "this model is on cpu"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )

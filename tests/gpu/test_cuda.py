@@ -20,6 +20,7 @@ from orthrus.training.rows import PADDING, Rows, one_reply_rows
 from orthrus.training.task import ViewTraining
 from orthrus.training.trainer import ViewTask, thaw
 from orthrus.training.view_recipe import ViewSettings
+from tests.decoding.checks import check_scores_in_company
 from tests.test_bundled import PROMPTS, decode
 
 if torch.cuda.is_available():
@@ -36,6 +37,12 @@ def test_drafting_changes_no_text_on_cuda(dtype: torch.dtype) -> None:
     drafted, stats = decode(model, drafting=True)
     assert drafted == plain and len(plain) == len(PROMPTS)
     assert stats.tokens_per_cycle > 2.7, f"the view accepts less on CUDA than on a CPU: N {stats.tokens_per_cycle:.2f}"
+
+
+@pytest.mark.parametrize("num_tokens", [512, 49_152, 151_936])
+def test_scores_have_the_same_bits_alone_and_in_company(num_tokens: int) -> None:
+    """A number that divides becomes its reciprocal here, and a scan's order follows the rows."""
+    check_scores_in_company(torch.device("cuda"), num_tokens)
 
 
 def rows_of(packing: str) -> Rows:

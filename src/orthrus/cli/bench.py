@@ -1,6 +1,5 @@
 """`orthrus bench decode`: what decoding a model costs on this machine, with and without drafting."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orthrus.cli import options
-from orthrus.cli.options import check_backend, check_dtype
+from orthrus.cli.options import check_backend, check_draft_precision, check_dtype
 
 if TYPE_CHECKING:
     from orthrus.evaluation.batches import BatchMeasurement
@@ -42,6 +41,7 @@ def decode(
     attn: options.Attention = "sdpa",
     exact: options.Exact = None,
     backend: options.Backend = "auto",
+    draft_precision: options.DraftPrecision = None,
     as_json: options.Json = False,
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER|FILE.json", help="Write the records, e.g. to benchmarks/results.")
@@ -50,6 +50,7 @@ def decode(
     """Time prefill, plain steps and cycles of real prompts, and compare both ways on one backend."""
     check_dtype(dtype)
     check_backend(backend, attn)
+    check_draft_precision(draft_precision, backend)
     batches = batch or [1]
 
     from orthrus.cli.session import quiet
@@ -75,6 +76,7 @@ def decode(
         max_new_tokens=max_new_tokens,
         backend=backend,
         exact=exact,
+        draft_precision=draft_precision,
     )
     suite = "heldout_python" if prompts is None else prompts.stem
     facts = {"model": model_name(source), "suite": suite, "max_new_tokens": max_new_tokens, "temperature": 0.0}
@@ -90,12 +92,12 @@ def report(
     model: Any, found: "Sequence[BatchMeasurement]", facts: dict[str, Any], *, num_prompts: int
 ) -> "list[ResultRecord]":
     """Print the table of all batches; their records."""
+    from orthrus.cli.session import note_backend
     from orthrus.evaluation.batches import COLUMNS, NOTES, batch_facts, batch_records, batch_row, summarise_batch
     from orthrus.evaluation.records import here_and_now
     from orthrus.evaluation.tables import print_table
 
-    if (refusal := found[0].refusal) is not None:
-        print(f"note: decoding on the portable backend: {refusal}", file=sys.stderr)
+    note_backend(found[0])
     origin, records, rows = here_and_now(model.device), [], []
     for one in found:
         params = facts | batch_facts(model, one) | {"num_prompts": num_prompts - num_prompts % one.batch}
@@ -103,9 +105,10 @@ def report(
             records += batch_records(summary, params, origin)
             rows.append(batch_row(summary))
     dtype = str(model.dtype).removeprefix("torch.")
+    drafts = "" if found[0].draft_precision is None else f", drafts in {found[0].draft_precision}"
     print(
-        f"{facts['model']}, {dtype}, {found[0].backend} backend, {num_prompts} prompts ({facts['suite']}), greedy, "
-        f"up to {facts['max_new_tokens']} tokens, {origin.hardware}\n"
+        f"{facts['model']}, {dtype}, {found[0].backend} backend{drafts}, {num_prompts} prompts ({facts['suite']}), "
+        f"greedy, up to {facts['max_new_tokens']} tokens, {origin.hardware}\n"
     )
     print_table(COLUMNS, rows)
     print(f"\n{NOTES}")

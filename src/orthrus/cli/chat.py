@@ -10,7 +10,7 @@ import typer
 
 from orthrus.cli import options
 from orthrus.cli.errors import one_line
-from orthrus.cli.options import check_text, refuse, sampling_fields
+from orthrus.cli.options import check_draft_precision, check_text, refuse, sampling_fields
 
 if TYPE_CHECKING:
     from orthrus.cli.session import Session
@@ -39,9 +39,11 @@ def chat(
     attn: options.Attention = "sdpa",
     exact: options.Exact = None,
     backend: options.Backend = "auto",
+    draft_precision: options.DraftPrecision = None,
 ) -> None:
     """Talk to a model that has a chat template."""
     refuse("--block-size", "has no effect with --no-diffusion", when=no_diffusion and block_size is not None)
+    check_draft_precision(draft_precision, backend, drafting=not no_diffusion)
     sampling = sampling_fields(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
 
     from orthrus.cli.session import open_session
@@ -50,7 +52,7 @@ def chat(
     checked = Sampling(**sampling)
     session = open_session(
         model=model, revision=revision, base=base, dtype=dtype, device=device, attn=attn, exact=exact,
-        backend=backend, block_size=options.block_size_of(block_size),
+        backend=backend, block_size=options.block_size_of(block_size), draft_precision=draft_precision,
     )  # fmt: skip
     request = {"sampling": checked, "drafting": not no_diffusion}
     conversation = Conversation(session, request, system=system, max_new_tokens=max_new_tokens, stop=stop or ())

@@ -92,6 +92,7 @@ def median_speed(runs: list[Run]) -> float:
 def print_comparison(comparison: Comparison) -> None:
     """The table of both ways, what it was measured on, and whether the texts are equal."""
     facts, stats = comparison.facts, comparison.drafted[0].stats
+    drafts = f", drafts in {facts['draft_precision']}" if facts["draft_precision"] else ""
     if not comparison.plain[0].num_timed:
         print("nothing to time: prefill alone gave the whole answer")
         print(f"texts identical: {verdict(comparison)}")
@@ -106,7 +107,7 @@ def print_comparison(comparison: Comparison) -> None:
     )
     print(
         f"speed-up {comparison.speed_up:.2f}x ({facts['model']}, {facts['dtype']} on {facts['device']}, "
-        f"{facts['backend']} backend, {facts['threads']} threads, "
+        f"{facts['backend']} backend{drafts}, {facts['threads']} threads, "
         f"block {facts['block_size']}, {len(comparison.plain[0].token_ids)} tokens; "
         f"decoding only, median of {len(comparison.plain)} alternating runs)"
     )

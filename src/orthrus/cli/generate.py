@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orthrus.cli import options
-from orthrus.cli.options import check_text, refuse, sampling_fields
+from orthrus.cli.options import check_draft_precision, check_text, refuse, sampling_fields
 
 if TYPE_CHECKING:
     from orthrus.cli.session import Session
@@ -47,6 +47,7 @@ def generate(
     attn: options.Attention = "sdpa",
     exact: options.Exact = None,
     backend: options.Backend = "auto",
+    draft_precision: options.DraftPrecision = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     as_json: options.Json = False,
     trace: Annotated[bool, typer.Option("--trace", help="Colour what each cycle drafted and what it added.")] = False,
@@ -63,6 +64,7 @@ def generate(
         "needs a --seed when sampling: without one, two runs differ however they are decoded",
         when=compare and temperature != 0 and seed is None,
     )
+    check_draft_precision(draft_precision, backend, drafting=not no_diffusion)
     sampling = sampling_fields(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     text = read_prompt(prompt)
 
@@ -72,7 +74,7 @@ def generate(
     checked = Sampling(**sampling)
     session = open_session(
         model=model, revision=revision, base=base, dtype=dtype, device=device, attn=attn, exact=exact,
-        backend=backend, block_size=options.block_size_of(block_size),
+        backend=backend, block_size=options.block_size_of(block_size), draft_precision=draft_precision,
     )  # fmt: skip
     prompt_ids = session.encode_chat([{"role": "user", "content": text}]) if chat else session.encode(text)
     stopping = session.stopping(prompt_ids, max_new_tokens=max_new_tokens, stop=stop or ())

@@ -29,6 +29,14 @@ Backend = Annotated[
         help="Who runs the passes; auto is the engine on a GPU where it can, else the portable one.",
     ),
 ]
+DRAFT_PRECISIONS = ("fp8",)
+DraftPrecision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="|".join(DRAFT_PRECISIONS),
+        help="Drafts read a second copy of the weights in this format; the text is the same. Engine only.",
+    ),
+]
 BlockSize = Annotated[
     int | None,
     typer.Option(
@@ -96,6 +104,17 @@ def check_backend(backend: str, attn: str) -> None:
         "has no effect with --backend engine, which has an attention of its own",
         when=backend == "engine" and attn != "sdpa",
     )
+
+
+def check_draft_precision(precision: str | None, backend: str, *, drafting: bool = True) -> None:
+    """Refuse a format that there is not, and one that nothing would read."""
+    if precision is None:
+        return
+    if precision not in DRAFT_PRECISIONS:
+        raise ValueError(f"--draft-precision {precision}: choose {' or '.join(DRAFT_PRECISIONS)}")
+    option = f"--draft-precision {precision}"
+    refuse(option, "has no effect with --no-diffusion", when=not drafting)
+    refuse(option, "has no effect with --backend portable: it is for the engine alone", when=backend == "portable")
 
 
 def check_text(text: str) -> None:

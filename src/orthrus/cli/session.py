@@ -6,7 +6,7 @@ This module imports torch; commands import it when they run.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
@@ -19,6 +19,9 @@ from orthrus.decoding.stopping import Stopping, eos_token_ids
 from orthrus.environment import bundled_or, pick_device, versions
 from orthrus.model.checkpoint import load_model, load_tokenizer
 from orthrus.model.packed import is_packed
+
+if TYPE_CHECKING:
+    from orthrus.evaluation.batches import BatchMeasurement
 
 
 @dataclass(kw_only=True)
@@ -33,16 +36,17 @@ class Session:
     """The backend that was asked for."""
     exact: bool | None
     block_size: int | Literal["auto"] | None
+    draft_precision: Any = None
     chosen: Chosen = field(init=False)
     decoder: Decoder = field(init=False)
 
     def begin(self, *, num_tokens: int, is_elastic: bool = False) -> None:
-        """Choose the backend for one row of so many tokens, saying on stderr why it is not the one expected."""
+        """Choose the backend for one row of so many tokens, saying on stderr what of it nobody would expect."""
         self.chosen = choose_backend(
-            self.model, wish=self.wish, row_tokens=[num_tokens], exact=self.exact, is_elastic=is_elastic
-        )
-        if self.chosen.refusal is not None:
-            print(f"note: decoding on the portable backend: {self.chosen.refusal}", file=sys.stderr)
+            self.model, wish=self.wish, row_tokens=[num_tokens], exact=self.exact, is_elastic=is_elastic,
+            draft_precision=self.draft_precision,
+        )  # fmt: skip
+        note_backend(self.chosen)
         block_size = self.block_size
         if block_size is None and self.model.device.type == "cpu":
             block_size = min(CPU_BLOCK_SIZE, self.model.config.block_size)
@@ -85,6 +89,7 @@ class Session:
             "exact": self.chosen.exact,
             "attn_implementation": self.attn if self.chosen.name == "portable" else None,
             "packed": is_packed(self.model),
+            "draft_precision": self.chosen.draft_precision,
             "block_size": self.decoder.block_size,
             "widths": "auto" if self.decoder.is_auto else "fixed",
             "threads": torch.get_num_threads(),
@@ -103,6 +108,7 @@ def open_session(
     exact: bool | None,
     backend: str,
     block_size: int | Literal["auto"] | None,
+    draft_precision: str | None = None,
 ) -> Session:
     """Load a checkpoint as the command line names it."""
     check_dtype(dtype)
@@ -121,7 +127,19 @@ def open_session(
         wish=backend,
         exact=exact,
         block_size=block_size,
+        draft_precision=draft_precision,
     )
+
+
+def note_backend(chosen: "Chosen | BatchMeasurement") -> None:
+    """Say on stderr why the backend is not the one expected, and what its drafts take beside the model."""
+    if chosen.refusal is not None:
+        print(f"note: decoding on the portable backend: {chosen.refusal}", file=sys.stderr)
+    if chosen.draft_precision is not None:
+        size = chosen.draft_bytes / 1e6
+        more = f"{size / 1e3:.1f} GB" if size >= 100 else f"{size:.1f} MB"
+        copy = f"a second copy of the weights in {chosen.draft_precision}"
+        print(f"note: drafts read {copy}: {more} more", file=sys.stderr)
 
 
 def quiet() -> None:

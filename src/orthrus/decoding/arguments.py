@@ -27,6 +27,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "exact": (bool, NoneType),
     "generator": (torch.Generator, NoneType),
     "cache_bytes": (int, NoneType),
+    "draft_precision": (str, NoneType),
 }
 """What this project's own arguments of `generate` may be."""
 

@@ -18,6 +18,8 @@ from orthrus.decoding.row import Backend
 
 BackendName = Literal["auto", "engine", "portable"]
 """What a caller may ask for: "auto" takes the engine on a GPU where it can."""
+DraftPrecision = Literal["fp8"]
+"""What a second copy of the weights may be in, which drafts alone read."""
 KEEPER = "orthrus.engine.keeper"
 """The module that lends a model's engine: `borrow`, `release`, `release_moved`."""
 OWN_NAME = "orthrus.decoding.backends"
@@ -33,6 +35,10 @@ class Chosen:
         """Whether committed logits have the same bits with and without drafting."""
         self.refusal = refusal
         """Why "auto" did not take the engine on a GPU; None where it did, or where nobody would have expected it."""
+        self.draft_precision: DraftPrecision | None = None
+        """What drafts' own copy of the weights is in; None: they read the model's."""
+        self.draft_bytes = 0
+        """What that copy takes."""
         self._stack = ExitStack()
 
     def __enter__(self) -> "Chosen":
@@ -55,6 +61,8 @@ def choose_backend(
     prefill_chunk: int = PREFILL_CHUNK,
     cache_bytes: int | None = None,
     is_elastic: bool = False,
+    draft_precision: DraftPrecision | None = None,
+    is_drafting: bool = True,
 ) -> Chosen:
     """A backend for rows of at most so many tokens each, new ones included, all at once.
 
@@ -62,8 +70,12 @@ def choose_backend(
     is kept for the calls after this one. `is_elastic`: where memory holds fewer tokens, the engine takes what there is,
     and refuses rows that do not fit when they are admitted. `ValueError` for a wish that is not granted, in the words
     of the backend that refuses.
+
+    `draft_precision`: the engine's drafts read a second copy of the weights in it. The portable backend has none, and
+    "auto" does not fall back to it then: speed is all that was asked for. Callers that draft nothing
+    (`is_drafting=False`) take the engine that there is, with a copy or without.
     """
-    check_wish(wish, cache_bytes)
+    check_wish(wish, cache_bytes, draft_precision)
     refusal = None
     if wish == "engine" or (wish == "auto" and is_preferred(model)):
         try:
@@ -71,22 +83,31 @@ def choose_backend(
                 check_attention(model)
             return borrow_engine(
                 model, row_tokens=row_tokens, exact=exact, prefill_chunk=prefill_chunk, cache_bytes=cache_bytes,
-                is_elastic=is_elastic,
+                is_elastic=is_elastic, draft_precision=draft_precision, is_drafting=is_drafting,
             )  # fmt: skip
         except ValueError as error:
             if wish == "engine":
                 raise
             refusal = str(error)
+    if draft_precision is not None:
+        reason = refusal or f"'auto' takes it on a GPU, this model is on {model.device.type}; ask for backend='engine'"
+        raise ValueError(
+            f"draft_precision={draft_precision!r} is for the engine alone, which is not used here: {reason}"
+        )
     portable = PortableBackend(model, exact=exact, prefill_chunk=prefill_chunk)
     return Chosen(portable, "portable", exact=portable.exact, refusal=refusal)
 
 
-def check_wish(wish: str, cache_bytes: int | None) -> None:
-    """`ValueError` for another name, and for a size of what is not used."""
+def check_wish(wish: str, cache_bytes: int | None, draft_precision: str | None = None) -> None:
+    """`ValueError` for another name, and for a size or a precision of what is not used."""
     if wish not in (names := get_args(BackendName)):
         raise ValueError(f"backend must be one of {', '.join(map(repr, names))}, got {wish!r}")
     if cache_bytes is not None and wish == "portable":
         raise ValueError("cache_bytes sizes the engine's cache and has no effect with backend='portable'")
+    if draft_precision not in (None, *(names := get_args(DraftPrecision))):
+        raise ValueError(f"draft_precision must be {', '.join(map(repr, names))} or None, got {draft_precision!r}")
+    if draft_precision is not None and wish == "portable":
+        raise ValueError(f"draft_precision={draft_precision!r} is for the engine alone: leave out backend='portable'")
 
 
 def is_preferred(model: nn.Module) -> bool:
@@ -122,6 +143,8 @@ def borrow_engine(model: nn.Module, *, exact: bool | None, **settings: Any) -> C
     except ImportError as error:
         raise ValueError(f"the engine cannot be imported here ({error}): decode with the portable backend") from None
     chosen = Chosen(loan.backend, "engine", exact=is_exact)
+    weights = loan.backend.weights
+    chosen.draft_precision, chosen.draft_bytes = weights.draft_precision, weights.draft_bytes
     chosen._stack.callback(loan.close)
     return chosen
 

@@ -20,7 +20,14 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from orthrus.decoding.arguments import check_inputs, check_kinds, check_range, refuse_settings, refuse_unknown
-from orthrus.decoding.backends import BackendName, Chosen, check_wish, choose_backend, loaded_keeper
+from orthrus.decoding.backends import (
+    BackendName,
+    Chosen,
+    DraftPrecision,
+    check_wish,
+    choose_backend,
+    loaded_keeper,
+)
 from orthrus.decoding.decoder import Decoder, Record, Request
 from orthrus.decoding.portable import PREFILL_CHUNK
 from orthrus.decoding.sampling import Sampling, derive_seed
@@ -74,6 +81,7 @@ class OrthrusForCausalLM(OrthrusCheckpointMixin, OrthrusLM):
         exact: bool | None = None,
         backend: BackendName = "auto",
         cache_bytes: int | None = None,
+        draft_precision: DraftPrecision | None = None,
         return_stats: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -89,6 +97,9 @@ class OrthrusForCausalLM(OrthrusCheckpointMixin, OrthrusLM):
           backend; "engine" and "portable" force one. On a CPU the engine's slow twins run, which are there for tests.
         - `cache_bytes`: what the engine's keys and values take of the GPU's memory; as much as this call's rows may
           need unless told. The engine stays with the model, and so do they, until `release_engine`.
+        - `draft_precision`: "fp8" has the engine's drafts read a second copy of the weights, a byte a weight. The text
+          is the same; how many drafts are accepted may not be. An error, not a warning, where the engine does not run.
+          The copy stays with the engine: a drafting call that wants another precision rebuilds both.
         - `return_stats`: return (output, `DecodingStats` of all rows together).
         """
         for name, value in (("synced_gpus", synced_gpus), ("assistant_model", assistant_model)):
@@ -96,9 +107,13 @@ class OrthrusForCausalLM(OrthrusCheckpointMixin, OrthrusLM):
                 raise ValueError(f"generate: {name} is not supported")
         check_kinds(
             use_diffusion_mode=use_diffusion_mode, block_size=block_size, seed=seed, exact=exact, generator=generator,
-            cache_bytes=cache_bytes,
+            cache_bytes=cache_bytes, draft_precision=draft_precision,
         )  # fmt: skip
-        check_wish(backend, cache_bytes)
+        check_wish(backend, cache_bytes, draft_precision)
+        if draft_precision is not None and not use_diffusion_mode:
+            raise ValueError(
+                "generate: draft_precision has no effect with use_diffusion_mode=False, which drafts nothing"
+            )
         if block_size == "auto" and seed is not None and sampling_rule == "speculative":
             raise ValueError(
                 "generate: with block_size='auto' widths follow the clock, and a seed does not fix a speculative text: "
@@ -116,6 +131,7 @@ class OrthrusForCausalLM(OrthrusCheckpointMixin, OrthrusLM):
             exact=exact,
             backend=backend,
             cache_bytes=cache_bytes,
+            draft_precision=draft_precision,
             streamer=streamer,
             return_stats=return_stats,
         )
@@ -161,6 +177,7 @@ class _Generation:
     exact: bool | None
     backend: BackendName
     cache_bytes: int | None
+    draft_precision: DraftPrecision | None
     streamer: Any
     return_stats: bool
 
@@ -218,6 +235,8 @@ class _Generation:
             exact=self.exact,
             prefill_chunk=prefill_chunk,
             cache_bytes=self.cache_bytes,
+            draft_precision=self.draft_precision,
+            is_drafting=self.drafting,
         )
         if chosen.refusal is not None:
             warnings.warn(f"generate: decoding on the slower portable backend: {chosen.refusal}", stacklevel=2)

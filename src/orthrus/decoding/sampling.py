@@ -13,7 +13,7 @@ integers on the device, so that it depends on neither the batch, nor the block, 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -64,12 +64,18 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Laws:
-    """The settings of B rows for `warp`: plain numbers where the rows agree, tensors [B, 1, 1] where they differ."""
+    """The settings of B rows for `warp`, [B, 1, 1] each.
 
-    temperature: float | Tensor
-    top_k: int | Tensor
-    top_p: float | Tensor
-    min_p: float | Tensor
+    Tensors on the rows' device also where the rows agree: a Python number is computed with in another way (CUDA turns
+    a division by one into a product with its reciprocal), and a row's scores would differ by an ulp with its company.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    tail: Tensor
+    """1 - top_p, subtracted in double precision and rounded once, as transformers has it."""
+    min_p: Tensor
+    uses_temperature: bool
     max_top_k: int
     uses_top_p: bool
     uses_min_p: bool
@@ -78,60 +84,62 @@ class Laws:
     def of(cls, samplings: Sequence[Sampling], device: torch.device) -> "Laws":
         """The laws of these rows; a greedy row gets temperature 1, which leaves its argmax alone."""
 
-        def column(values: list) -> Any:
-            same = all(value == values[0] for value in values)
-            return values[0] if same else torch.tensor(values, device=device)[:, None, None]
+        def column(values: list, dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
 
-        greedy = [s.temperature < GREEDY_BELOW for s in samplings]
-        top_ks = [0 if g else s.top_k for s, g in zip(samplings, greedy, strict=True)]
-        top_ps = [1.0 if g else s.top_p for s, g in zip(samplings, greedy, strict=True)]
-        min_ps = [0.0 if g else s.min_p for s, g in zip(samplings, greedy, strict=True)]
+        own = [Sampling(temperature=1.0) if s.temperature < GREEDY_BELOW else s for s in samplings]
         return cls(
-            temperature=column([1.0 if g else s.temperature for s, g in zip(samplings, greedy, strict=True)]),
-            top_k=column(top_ks),
-            top_p=column(top_ps),
-            min_p=column(min_ps),
-            max_top_k=max(top_ks),
-            uses_top_p=min(top_ps) < 1,
-            uses_min_p=max(min_ps) > 0,
+            temperature=column([s.temperature for s in own], torch.float32),
+            top_k=column([s.top_k for s in own], torch.int64),
+            tail=column([1 - s.top_p for s in own], torch.float32),
+            min_p=column([s.min_p for s in own], torch.float32),
+            uses_temperature=any(s.temperature != 1 for s in own),
+            max_top_k=max(s.top_k for s in own),
+            uses_top_p=any(s.top_p < 1 for s in own),
+            uses_min_p=any(s.min_p > 0 for s in own),
         )
 
 
 def warp(logits_BTV: Tensor, laws: Laws) -> Tensor:
     """Scores whose softmax is the law: temperature, top-k, top-p, min-p in transformers' order. float32 [B, T, V]."""
     scores = logits_BTV.float()
-    if isinstance(laws.temperature, Tensor) or laws.temperature != 1:
+    if laws.uses_temperature:
         scores = scores / laws.temperature
     if laws.max_top_k:
         scores = keep_top_k(scores, laws.top_k, laws.max_top_k)
     if laws.uses_top_p:
-        scores = keep_top_p(scores, laws.top_p)
+        scores = keep_top_p(scores, laws.tail)
     if laws.uses_min_p:
         scores = keep_min_p(scores, laws.min_p)
     return scores
 
 
-def keep_top_k(scores: Tensor, top_k: int | Tensor, max_top_k: int) -> Tensor:
+def keep_top_k(scores: Tensor, top_k: Tensor, max_top_k: int) -> Tensor:
     """Drop (-inf) whatever scores below the k-th best; ties with it stay. A k of 0 drops nothing."""
     size = min(max_top_k, scores.shape[-1])
     best = scores.topk(size, dim=-1).values
-    if isinstance(top_k, Tensor):
-        kth = best.gather(-1, (top_k.clamp(1, size) - 1).expand(*best.shape[:-1], 1))
-        kth = kth.masked_fill(top_k == 0, -math.inf)
-    else:
-        kth = best[..., -1:]
+    kth = best.gather(-1, (top_k.clamp(1, size) - 1).expand(*best.shape[:-1], 1)).masked_fill(top_k == 0, -math.inf)
     return scores.masked_fill(scores < kth, -math.inf)
 
 
-def keep_top_p(scores: Tensor, top_p: float | Tensor) -> Tensor:
-    """Drop the least likely tokens whose total stays within 1 - p; the likeliest always stays."""
-    ascending, order = scores.sort(dim=-1)
-    drop = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+MASS_UNIT = 2.0**60
+"""Probabilities are added up as integers of this unit, whose sum is the same in any order: the order of a parallel scan
+follows the number of rows. What an fp32 probability has below 2^-60 is lost."""
+
+
+def keep_top_p(scores: Tensor, tail: Tensor) -> Tensor:
+    """Drop the least likely tokens whose total stays within `tail` (1 - p, fp32); the likeliest always stays.
+
+    Of equally likely tokens those of lower ids are dropped first. A tail of 0 drops nothing.
+    """
+    ascending, order = scores.sort(dim=-1, stable=True)
+    mass = (ascending.softmax(-1) * MASS_UNIT).long().cumsum(-1)
+    drop = (mass <= (tail * MASS_UNIT).long()) & (tail > 0)  # else tokens without mass would go, in company only
     drop[..., -1] = False
     return scores.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -math.inf)
 
 
-def keep_min_p(scores: Tensor, min_p: float | Tensor) -> Tensor:
+def keep_min_p(scores: Tensor, min_p: Tensor) -> Tensor:
     """Drop tokens less likely than min_p times the likeliest."""
     p = scores.softmax(-1)
     return scores.masked_fill(p < min_p * p.amax(-1, keepdim=True), -math.inf)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from orthrus.decoding.backends import DraftPrecision
 from orthrus.decoding.chooser import Chooser, first_outcome
 from orthrus.decoding.portable import PREFILL_CHUNK, Stopwatch
 from orthrus.decoding.row import Cycle, Outcome, Row
@@ -62,7 +63,7 @@ class EngineBackend:
         num_pages: int | None = None,
         page_slots: int = PAGE_SLOTS,
         prefill_chunk: int = PREFILL_CHUNK,
-        draft_precision: str | None = None,
+        draft_precision: DraftPrecision | None = None,
         ops: Ops | None = None,
         graphs: Graphs | None = None,
         make_passes: type[Passes] = Passes,
@@ -100,7 +101,8 @@ class EngineBackend:
 
     def experience(self, block_size: int) -> Experience:
         """What this process knows of the model in this engine: survival and cycle times."""
-        return experience_of(self.model, block_size, "engine", self.device, self.weights.embedding_VD.dtype)
+        setting = ("engine", self.device, self.weights.embedding_VD.dtype, self.weights.draft_precision)
+        return experience_of(self.model, block_size, *setting)
 
     # The verbs
 

@@ -10,11 +10,12 @@ engine takes one layer's worth of memory for a moment.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from orthrus.decoding.backends import DraftPrecision
 from orthrus.engine.quantise import quantise_rows
 from orthrus.engine.reference import HeadNorms, Rotary
 from orthrus.model.attention import View, twin
@@ -23,9 +24,10 @@ from orthrus.model.bases import ROWS
 MLPS = tuple(row.mlp for row in ROWS)
 """The MLPs that `swiglu` and `linear` compute."""
 
-
-DRAFT_PRECISIONS = ("fp8",)
+DRAFT_PRECISIONS: tuple[DraftPrecision, ...] = get_args(DraftPrecision)
 """What copies of weights for drafts may be kept in."""
+FP8_SINCE = (8, 9)
+"""Compute capability of the first GPUs that multiply float8_e4m3fn."""
 
 
 class Matrix(NamedTuple):
@@ -92,6 +94,10 @@ class Weights:
     head_dim: int
     places: dict[str, int]
     """Where each of the model's parameters lay when its weights were taken."""
+    draft_precision: DraftPrecision | None
+    """What drafts' copies of the matrices are in; None: there are none."""
+    versions: dict[str, int]
+    """How often each of the model's parameters had been edited in place when copies were made; empty without copies."""
 
     @property
     def draft_bytes(self) -> int:
@@ -104,6 +110,10 @@ class Weights:
             attention, mlp = layer.attention["diffusion"], layer.mlp["diffusion"]
             yield from (attention.qkv, attention.out, mlp.gate_up, mlp.down)
 
+    def are_copies_fresh(self, model: nn.Module) -> bool:
+        """Whether drafts' copies still are the model's weights. An edit through `.data` moves no version: unseen."""
+        return not self.versions or self.versions == versions_of(model)
+
     def check_places(self, model: nn.Module) -> None:
         """`ValueError` when the model's weights lie elsewhere now, so that the engine would not see them change."""
         if places_of(model) != self.places:
@@ -113,19 +123,17 @@ class Weights:
             )
 
 
-def take_weights(model: nn.Module, draft_precision: str | None = None) -> Weights:
+def take_weights(model: nn.Module, draft_precision: DraftPrecision | None = None) -> Weights:
     """Join the weights of an `OrthrusLM`, whose parameters become views of the joined ones.
 
     With a `draft_precision` of "fp8" draft passes read a second copy of all matrices, a byte a weight, which the AR
-    view never reads: drafts change, the text does not.
+    view never reads: drafts change, the text does not. Later edits of the weights do not reach the copies
+    (`Weights.are_copies_fresh`).
 
     Raises `ValueError` naming what the engine's passes do not compute; then the model is as it was.
     """
-    if draft_precision not in (None, *DRAFT_PRECISIONS):
-        raise ValueError(
-            f"draft_precision must be one of {', '.join(DRAFT_PRECISIONS)} or None, got {draft_precision!r}"
-        )
     check_supported(model)
+    check_draft_precision(draft_precision, model.device)
     config, decoder = model.config, model.model
     for_drafts = {None: lambda matrix: matrix, "fp8": in_fp8}[draft_precision]
     layers = tuple(_take_layer(layer, for_drafts) for layer in decoder.layers)
@@ -140,7 +148,36 @@ def take_weights(model: nn.Module, draft_precision: str | None = None) -> Weight
         num_groups=config.num_key_value_heads,
         head_dim=config.head_dim,
         places=places_of(model),
+        draft_precision=draft_precision,
+        versions={} if draft_precision is None else versions_of(model),
     )
+
+
+def check_draft_precision(draft_precision: str | None, device: torch.device) -> None:
+    """`ValueError` for another precision, and for one that the device's products are not made in."""
+    if draft_precision not in (None, *DRAFT_PRECISIONS):
+        raise ValueError(
+            f"draft_precision must be one of {', '.join(DRAFT_PRECISIONS)} or None, got {draft_precision!r}"
+        )
+    if draft_precision is None or device.type != "cuda":
+        return
+    if (found := torch.cuda.get_device_capability(device)) < FP8_SINCE:
+        raise ValueError(
+            f"draft_precision={draft_precision!r} needs a GPU that multiplies fp8 (compute capability "
+            f"{FP8_SINCE[0]}.{FP8_SINCE[1]} or more), this one has {found[0]}.{found[1]}: leave it away"
+        )
+
+
+def copies_bytes(model: nn.Module, draft_precision: DraftPrecision | None) -> int:
+    """The `draft_bytes` that `take_weights` would give: a byte a weight, and 4 of scale an output."""
+    if draft_precision is None:
+        return 0
+    copied = [model.lm_head.weight]
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        copied += [twin(attention, f"{name}_proj", "diffusion").weight for name in "qkvo"]
+        copied += [mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight]
+    return sum(weight_ED.numel() + 4 * len(weight_ED) for weight_ED in copied)
 
 
 def check_supported(model: nn.Module) -> None:
@@ -177,6 +214,11 @@ def check_modules(model: nn.Module) -> None:
 def places_of(model: nn.Module) -> dict[str, int]:
     """The address of each parameter."""
     return {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+
+
+def versions_of(model: nn.Module) -> dict[str, int]:
+    """How often each parameter was edited in place; inference tensors do not count that."""
+    return {name: -1 if p.is_inference() else p._version for name, p in model.named_parameters()}
 
 
 def rotary_tables(model: nn.Module, num_positions: int) -> Rotary:

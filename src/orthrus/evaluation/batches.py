@@ -70,6 +70,9 @@ class BatchMeasurement:
     backend: str
     exact: bool
     refusal: str | None
+    draft_precision: str | None = None
+    draft_bytes: int = 0
+    """What drafts' own copy of the weights takes."""
     runs: dict[Mode, list[BatchRun]] = field(default_factory=dict)
 
 
@@ -83,6 +86,7 @@ def measure_batches(
     max_new_tokens: int,
     backend: Any = "auto",
     exact: bool | None = None,
+    draft_precision: Any = None,
 ) -> list[BatchMeasurement]:
     """Decode prompts greedily in groups of each batch size, on one backend; prompts that fill no group are left out.
 
@@ -100,11 +104,15 @@ def measure_batches(
         ]
 
     longest = min(max(map(len, prompt_ids)) + max_new_tokens, context)
-    with choose_backend(model, wish=backend, row_tokens=[longest] * max(batches), exact=exact) as chosen:
+    rows = [longest] * max(batches)
+    with choose_backend(model, wish=backend, row_tokens=rows, exact=exact, draft_precision=draft_precision) as chosen:
         decoders = decoders_of(model, chosen, block_sizes)
         measured = []
         for batch in batches:
-            found = BatchMeasurement(batch=batch, backend=chosen.name, exact=chosen.exact, refusal=chosen.refusal)
+            found = BatchMeasurement(
+                batch=batch, backend=chosen.name, exact=chosen.exact, refusal=chosen.refusal,
+                draft_precision=chosen.draft_precision, draft_bytes=chosen.draft_bytes,
+            )  # fmt: skip
             found.runs = {mode: [] for mode in decoders}
             groups = [prompt_ids[i : i + batch] for i in range(0, len(prompt_ids) - batch + 1, batch)]
             ways = list(decoders.items())
@@ -262,6 +270,7 @@ def batch_facts(model: Any, found: BatchMeasurement) -> dict[str, Any]:
         "backend": found.backend,
         "batch": found.batch,
         "exact": found.exact,
+        "draft_precision": found.draft_precision,
         "dtype": dtype_name(model),
         "device": model.device.type,
         "threads": torch.get_num_threads(),
@@ -274,10 +283,12 @@ def batch_records(summary: BatchSummary, params: dict[str, Any], origin: Origin)
     """The records of one mode; a number that does not exist has none."""
     mode = summary.mode
     exact = mode.exact if params["backend"] == "portable" else params["exact"]
-    shared = params | {"drafting": mode.drafting, "exact": exact, "block_size": mode.block_size}
+    precision = params["draft_precision"] if mode.drafting else None
+    own = {"drafting": mode.drafting, "exact": exact, "block_size": mode.block_size, "draft_precision": precision}
+    shared = params | own
     return [
-        ResultRecord.of(origin, name=name, value=value, unit=unit, params=shared | own)
-        for name, value, unit, own in numbers(summary)
+        ResultRecord.of(origin, name=name, value=value, unit=unit, params=shared | more)
+        for name, value, unit, more in numbers(summary)
         if value is not None
     ]
 
