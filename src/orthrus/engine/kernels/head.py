@@ -38,8 +38,18 @@ def head_argmax(x_RD: Tensor, weight_VD: Tensor, *, scale_V: Tensor | None = Non
     values = x_RD.new_empty(num_rows, num_tiles, dtype=torch.float32)
     ids = x_RD.new_empty(num_rows, num_tiles, dtype=torch.int32)
     kernels.tile_largest[triton.cdiv(num_rows, how["BLOCK_R"]), num_tiles](
-        rows_RD, rows_scale_R, weight_VD, scale_V, values, ids, rows_RD.stride(0), num_rows, vocab_size, num_tiles,
-        DTYPE=TYPES[x_RD.dtype], **how,
+        rows_RD,
+        rows_scale_R,
+        weight_VD,
+        scale_V,
+        values,
+        ids,
+        rows_RD.stride(0),
+        num_rows,
+        vocab_size,
+        num_tiles,
+        DTYPE=TYPES[x_RD.dtype],
+        **how,
     )
     kernels.row_largest[(num_rows,)](
         values, ids, out, num_tiles, BLOCK=triton.next_power_of_2(num_tiles), enable_fp_fusion=False, **overlap(x_RD)

@@ -61,43 +61,6 @@ TILES: dict[tuple[int, int, int], Tiles] = {
 Never by the number of rows: a row's bits would depend on its neighbours. And never found anew by the process that uses
 them: two processes would disagree about bits."""
 
-MAX_SPREAD_ROWS, where rows are work enough, one program makes all parts of its tile and adds them in the same order.
-Nothing is fused into multiply-adds: a compiler may do so in one of the kernels and not in the other.
-
-    R = rows of a pass, D = inputs, E = outputs, F = width of the MLP
-"""
-
-from typing import Any, NamedTuple
-
-import torch
-import triton
-from torch import Tensor
-
-from orthrus.engine.kernels import linear_kernels
-from orthrus.engine.kernels.overlap import overlap
-from orthrus.engine.kernels.quantise import quantise
-
-kernels: Any = linear_kernels
-
-
-class Tiles(NamedTuple):
-    """How a product is cut, and how its programs run."""
-
-    BLOCK_E: int
-    """Weight rows of a tile. At least 64, or Hopper's tensor cores are not used as they should be."""
-    BLOCK_K: int
-    """Inputs that are added up at a time."""
-    SPLITS: int
-    """Parts of the sum over inputs."""
-    num_warps: int
-    num_stages: int
-    """Blocks of inputs in flight; fewer where shared memory does not hold them. Changes no bits."""
-
-
-TILES: dict[tuple[int, int, int], Tiles] = {}
-"""By (E, D, bytes of a weight), where measuring (`benchmarks/kernels.py --tiles`) found better than `default_tiles`.
-Never by the number of rows: a row's bits would depend on its neighbours."""
-
 MAX_SPREAD_ROWS = 128
 """With more rows than this the parts of a sum are not spread over programs: they would take memory, not save time."""
 

@@ -1,8 +1,8 @@
 """Microseconds of the engine's products at exact Qwen3 shapes, and TB/s of weight bytes, against torch's matmul.
 
-    python benchmarks/kernels.py                                  # all models, projections and row counts
-    python benchmarks/kernels.py --model 8b --projection down --rows 32 --tiles         # find better tiles
-    python benchmarks/kernels.py --model toy --rows 1 32 --device cpu    # through Triton's interpreter: does it run
+    python benchmarks/products.py                                  # all models, projections and row counts
+    python benchmarks/products.py --model 8b --projection down --rows 32 --tiles         # find better tiles
+    python benchmarks/products.py --model toy --rows 1 32 --device cpu    # through Triton's interpreter: does it run
 
     torch  x @ weight', bf16 by cuBLAS, and nothing else
     own    what a pass runs, bf16: qkv; o and down with the residual added; gate_up with SwiGLU; head with its argmax
