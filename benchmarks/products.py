@@ -39,7 +39,7 @@ from triton.runtime.errors import OutOfResources
 from orthrus.engine.kernels import linear
 from orthrus.engine.kernels.head import head_argmax
 from orthrus.engine.kernels.linear import Tiles
-from orthrus.engine.quantise import quantise_rows
+from orthrus.engine.quantise import quantise_weight
 
 MODELS = {
     "toy": dict(hidden=64, heads=4, kv=2, mlp=96, head_dim=16, vocab=200),
@@ -151,7 +151,7 @@ def measure(model: str, projection: str, row_counts: list[int], device: str) -> 
     most = Product(model, projection, max(row_counts))
     weight = random_weight(most.shape, device)
     weights = copies(weight, device)
-    fp8_weight, scale = quantise_rows(weight)
+    fp8_weight, scale = quantise_weight(weight)
     fp8_weights = copies(fp8_weight, device)
     everyone, all_residuals = operands(most, device)
     expected = most.call(all_residuals, None)(everyone, weight)
@@ -187,7 +187,7 @@ def sweep(model: str, projection: str, row_counts: list[int], device: str, *, is
     product = Product(model, projection, max(row_counts))
     weight, scale = random_weight(product.shape, device), None
     if is_fp8:
-        weight, scale = quantise_rows(weight)
+        weight, scale = quantise_weight(weight)
     weights = copies(weight, device)
     key = *product.shape, weight.element_size()
     in_use = linear.tiles_of(weight)

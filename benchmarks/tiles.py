@@ -23,7 +23,7 @@ from torch import Tensor
 
 from orthrus.engine.kernels import head, linear
 from orthrus.engine.kernels.linear import SHARED_BYTES, Tiles
-from orthrus.engine.quantise import quantise_rows
+from orthrus.engine.quantise import quantise_weight
 
 COLD_BYTES = 256 << 20
 """What the copies of a weight take together, at least: five times the L2 of an H200."""
@@ -71,7 +71,7 @@ def compile_some(work: list[tuple[str, Tiles]], is_fp8: bool) -> None:
         weight = torch.zeros(1024, 2048, device="cuda", dtype=torch.bfloat16)
         scale = None
         if is_fp8:
-            weight, scale = quantise_rows(weight)
+            weight, scale = quantise_weight(weight)
         linear.TILES[1024, 2048, weight.element_size()] = tiles
         for rows in (32, 1):
             x, residual = (torch.zeros(rows, n, device="cuda", dtype=torch.bfloat16) for n in (2048, 1024))
@@ -116,7 +116,7 @@ def best_tiles(name: str, shape: tuple[int, int], is_fp8: bool) -> tuple[Tiles, 
     weight = torch.randn(shape, device="cuda", dtype=torch.bfloat16) / width**0.5
     scale = None
     if is_fp8:
-        weight, scale = quantise_rows(weight)
+        weight, scale = quantise_weight(weight)
     copies = [weight, *(weight.clone() for _ in range(math.ceil(COLD_BYTES / weight.nbytes)))]
     order = copies * max(1, 6 // len(copies))
     inputs = [torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) for rows in (32, 1)]

@@ -1,9 +1,9 @@
 """Where the kernels' tests run: a GPU, or Triton's interpreter with the arithmetic of a GPU.
 
 The interpreter leaves tl.dot to a BLAS, which sums an element in an order that depends on the tile's shape and the
-element's place in it, and multiplies the bit patterns of bf16 as integers; it cuts fp32 off to bf16 instead of rounding,
-and rounds to fp8 without carries, ties to even or a largest number. An MMA sums each element over k by itself, whatever
-the tile: tests of bits need that of the interpreter too.
+element's place in it, and multiplies the bit patterns of bf16 as integers. It cuts fp32 off to bf16 instead of rounding,
+misreads bf16's subnormals, and rounds to fp8 without carries, ties to even or a largest number. An MMA sums each element
+over k by itself, whatever the tile: tests of bits need that of the interpreter too.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def numbers(handle: Any) -> Any:
     if (name := str(handle.dtype.scalar)) not in HELD_AS_BITS:
         return handle.data.astype(np.float32)
     dtype, bits = HELD_AS_BITS[name]
-    return torch.from_numpy(np.ascontiguousarray(handle.data)).view(bits).view(dtype).float().numpy()
+    return torch.from_numpy(np.array(handle.data)).view(bits).view(dtype).float().numpy()
 
 
 def rounded(source: Any, target: Any) -> Any:
@@ -56,12 +56,15 @@ def gpu_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Import this into a test module whose kernels multiply matrices or write bf16."""
     if DEVICE == "cuda":
         return
-    from triton.runtime.interpreter import interpreter_builder
+    from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
     def rounding(convert: Callable[..., Any]) -> Callable[..., Any]:
         def cast(source: Any, target: Any, *how: Any) -> Any:
-            if str(source.dtype.scalar) == "fp32" and str(target.scalar) in HELD_AS_BITS:
-                return rounded(source, target)
+            match str(source.dtype.scalar), str(target.scalar):
+                case "fp32", name if name in HELD_AS_BITS:
+                    return rounded(source, target)
+                case name, "fp32" if name in HELD_AS_BITS:
+                    return TensorHandle(numbers(source), target.scalar)
             return convert(source, target, *how)
 
         return cast

@@ -59,6 +59,7 @@ others = [
 ]
 for one in others:
     assert one.count("griddepcontrol.wait") == one.count("griddepcontrol.launch_dependents") == 1
+assert "cvt.rn.satfinite.e4m3x2.f32" in others[0] and "div.full" not in others[0], "rows are not quantised as by torch"
 """
 
 
