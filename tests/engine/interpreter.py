@@ -1,9 +1,9 @@
 """Where the kernels' tests run: a GPU, or Triton's interpreter with the arithmetic of a GPU.
 
 The interpreter leaves tl.dot to a BLAS, which sums an element in an order that depends on the tile's shape and the
-element's place in it, and multiplies the bit patterns of bf16 as integers. It cuts fp32 off to bf16 instead of rounding,
-misreads bf16's subnormals, and rounds to fp8 without carries, ties to even or a largest number. An MMA sums each element
-over k by itself, whatever the tile: tests of bits need that of the interpreter too.
+element's place in it, and multiplies the bit patterns of bf16 as integers. It cuts fp32 off to bf16 where a GPU rounds,
+misreads bf16's subnormals, and rounds to fp8 without carries, ties to even or a largest number. An MMA sums each
+element over k by itself, whatever the tile: tests of bits need that of the interpreter too.
 """
 
 from collections.abc import Callable

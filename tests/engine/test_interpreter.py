@@ -1,4 +1,4 @@
-"""The arithmetic that the kernels' tests give to Triton's interpreter, and that a GPU has: casts and products of fp8."""
+"""The arithmetic of fp8 that the kernels' tests give to Triton's interpreter, and that a GPU has."""
 
 from typing import Any
 

@@ -121,17 +121,16 @@ def test_linear_and_norm_is_one_after_the_other(
     """The product bit for bit; its norm too where both kernels sum in one order, which a GPU's layouts need not."""
     num_outputs, width = cut(monkeypatch, shape)
     weight, scale = weight_of(num_outputs, width, dtype, is_fp8)
-    norm = dict(norm_E=draw(num_outputs, dtype=dtype), eps=1e-2)
+    norm_E, eps = draw(num_outputs, dtype=dtype), 1e-2
     for num_rows in (1, 18, NUM_ROWS):
         x = draw(num_rows, width, dtype=dtype)
         after = epilogue(names, num_rows, num_outputs, dtype) | dict(scale_E=scale)
-        out, normed = linear_and_norm(x, weight, **norm, **after)
+        out, normed = linear_and_norm(x, weight, norm_E=norm_E, eps=eps, **after)
         assert torch.equal(out, linear(x, weight, **after)), f"{num_rows} rows: another product than linear's"
         if DEVICE == "cpu":
-            assert torch.equal(normed, rms_norm(out, *norm.values())), f"{num_rows} rows: another norm"
-        torch.testing.assert_close(
-            normed.float(), unrounded(reference.rms_norm, out, *norm.values()), **CLOSE[dtype]
-        )  # fmt: skip
+            assert torch.equal(normed, rms_norm(out, norm_E, eps)), f"{num_rows} rows: another norm"
+        exact = unrounded(reference.rms_norm, out, norm_E, eps)
+        torch.testing.assert_close(normed.float(), exact, **CLOSE[dtype])
 
 
 def run_linear_and_norm(x: Tensor, weight: Tensor, **after: Any) -> Tensor:
