@@ -1,6 +1,11 @@
-"""What the GPU benchmarks share: Qwen3's published shapes, and the read-only stream that floors are computed from."""
+"""What the GPU benchmarks share: Qwen3's published shapes, the clock, and the stream that floors are computed from.
+
+Where there is no GPU, set TRITON_INTERPRET before this is imported.
+"""
 
 import statistics
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,13 +34,60 @@ MODELS = {
 }
 """Published configurations of Qwen3, and one that runs anywhere."""
 
+COLD_BYTES = 256 << 20
+"""Bytes of all copies of what is read together, at least: five times the L2 cache of an H200 (50 MiB)."""
+
+MIN_CALLS = 16
+"""Calls of one replay, at least: it is long against its launch."""
+
+
+def product_shapes(model: ModelShape) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of each product of a pass."""
+    width, kv_width = model.heads * model.head_dim, model.groups * model.head_dim
+    return {
+        "qkv": (width + 2 * kv_width, model.hidden),
+        "o": (model.hidden, width),
+        "gate_up": (2 * model.mlp, model.hidden),
+        "down": (model.hidden, model.mlp),
+        "head": (model.vocab, model.hidden),
+    }
+
+
+def microseconds(calls: Sequence[Callable[[], Any]], device: torch.device, *, repeats: int = 50) -> float:
+    """Median time of one of the calls, all of them run one after another in one graph; once, without a GPU."""
+    if device.type != "cuda":
+        begun = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - begun) / len(calls) * 1e6
+    calls = [*calls] * max(1, MIN_CALLS // len(calls))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(repeats + 2):
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record()
+        graph.replay()
+        ended.record()
+        ended.synchronize()
+        times.append(begun.elapsed_time(ended))
+    return statistics.median(times[2:]) / len(calls) * 1e3
+
 
 @triton.jit
 def read_only(X, OUT, BLOCK: tl.constexpr):
     """Read a block and keep nothing."""
     x = tl.load(X + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))
     largest = tl.max(x, 0)
-    if largest > 3.0e38:  # never, but without it nothing would have to be read
+    # Never, but without it nothing would have to be read. (Triton's types are not Python's.)
+    if largest > 3.0e38:  # pyrefly: ignore
         tl.store(OUT, 1.0)
 
 

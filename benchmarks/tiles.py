@@ -13,34 +13,21 @@ import itertools
 import json
 import math
 import multiprocessing
-import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
-from benchmarks.gpu import MODELS, ModelShape
+from benchmarks.gpu import COLD_BYTES, MODELS, microseconds, product_shapes
 from torch import Tensor
 
 from orthrus.engine.kernels import head, linear
 from orthrus.engine.kernels.linear import SHARED_BYTES, Tiles
-from orthrus.engine.quantise import quantise_rows
+from orthrus.engine.quantise import quantise_weight
 
-COLD_BYTES = 256 << 20
-"""What the copies of a weight take together, at least: five times the L2 of an H200."""
 REPLAYS = 8
 SPLITS = {"head": (1,), "gate_up": (1, 2), "down": (2, 3, 4, 6, 8), "qkv": (1, 2, 3, 4), "o": (1, 2, 3, 4, 6)}
-
-
-def shapes_of(model: ModelShape) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of each product."""
-    width, kv_width = model.heads * model.head_dim, model.groups * model.head_dim
-    return {
-        "gate_up": (2 * model.mlp, model.hidden),
-        "down": (model.hidden, model.mlp),
-        "qkv": (width + 2 * kv_width, model.hidden),
-        "o": (model.hidden, width),
-        "head": (model.vocab, model.hidden),
-    }
 
 
 def choices(name: str, weight_bytes: int) -> Iterator[Tiles]:
@@ -49,20 +36,19 @@ def choices(name: str, weight_bytes: int) -> Iterator[Tiles]:
     for block_e, block_k, splits, warps, stages in itertools.product(
         (64, 128), blocks, SPLITS[name], (4, 8), (3, 4, 6)
     ):
-        if stages * block_k * (block_e * weight_bytes + 32 * 2) <= SHARED_BYTES:
+        if stages * block_k * (block_e + 32) * weight_bytes <= SHARED_BYTES:
             yield Tiles(block_e, block_k, splits, warps, stages)
 
 
-def call(name: str, x_RD: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor, norm: Tensor) -> None:
+def call(name: str, x_RD: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor, norm: Tensor) -> Any:
     """What a pass runs."""
     if name == "gate_up":
-        linear.swiglu(x_RD, weight, scale_2F=scale)
-    elif name == "head":
-        head.head_argmax(x_RD, weight, scale_V=scale)
-    elif name == "qkv":
-        linear.parts(x_RD, weight, scale)
-    else:
-        linear.linear_and_norm(x_RD, weight, norm_E=norm, eps=1e-6, residual_RE=residual, scale_E=scale)
+        return linear.swiglu(x_RD, weight, scale_2F=scale)
+    if name == "head":
+        return head.head_argmax(x_RD, weight, scale_V=scale)
+    if name == "qkv":
+        return linear.parts(x_RD, weight, scale)
+    return linear.linear_and_norm(x_RD, weight, norm_E=norm, eps=1e-6, residual_RE=residual, scale_E=scale)
 
 
 def compile_some(work: list[tuple[str, Tiles]], is_fp8: bool) -> None:
@@ -71,7 +57,7 @@ def compile_some(work: list[tuple[str, Tiles]], is_fp8: bool) -> None:
         weight = torch.zeros(1024, 2048, device="cuda", dtype=torch.bfloat16)
         scale = None
         if is_fp8:
-            weight, scale = quantise_rows(weight)
+            weight, scale = quantise_weight(weight)
         linear.TILES[1024, 2048, weight.element_size()] = tiles
         for rows in (32, 1):
             x, residual = (torch.zeros(rows, n, device="cuda", dtype=torch.bfloat16) for n in (2048, 1024))
@@ -92,33 +78,14 @@ def compile_all(work: list[tuple[str, Tiles]], is_fp8: bool, processes: int) -> 
         worker.join()
 
 
-def microseconds(run: Callable[[], None], num_calls: int) -> float:
-    """Median time of a call, all of them in one graph."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    times = []
-    for _ in range(REPLAYS):
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begun.record()
-        graph.replay()
-        ended.record()
-        ended.synchronize()
-        times.append(begun.elapsed_time(ended))
-    return statistics.median(times[1:]) * 1e3 / num_calls
-
-
 def best_tiles(name: str, shape: tuple[int, int], is_fp8: bool) -> tuple[Tiles, list[float]]:
     """The fastest choice and its microseconds at 32 rows and at one."""
     num_outputs, width = shape
     weight = torch.randn(shape, device="cuda", dtype=torch.bfloat16) / width**0.5
     scale = None
     if is_fp8:
-        weight, scale = quantise_rows(weight)
+        weight, scale = quantise_weight(weight)
     copies = [weight, *(weight.clone() for _ in range(math.ceil(COLD_BYTES / weight.nbytes)))]
-    order = copies * max(1, 6 // len(copies))
     inputs = [torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) for rows in (32, 1)]
     residuals = [torch.randn(rows, num_outputs, device="cuda", dtype=torch.bfloat16) for rows in (32, 1)]
     found = []
@@ -126,9 +93,7 @@ def best_tiles(name: str, shape: tuple[int, int], is_fp8: bool) -> tuple[Tiles, 
         linear.TILES[num_outputs, width, weight.element_size()] = tiles
         try:
             us = [
-                microseconds(
-                    lambda x=x, r=r: [call(name, x, one, scale, r, r[0]) for one in order] and None, len(order)
-                )
+                microseconds([partial(call, name, x, one, scale, r, r[0]) for one in copies], x.device, repeats=REPLAYS)
                 for x, r in zip(inputs, residuals, strict=True)
             ]
         except Exception as error:  # noqa: BLE001
@@ -156,7 +121,7 @@ def main() -> None:
         compile_all(list(unique.values()), precision == "fp8", options.processes)
         print(f"# {precision}: compiled at {time.perf_counter() - begun:.0f} s", flush=True)
         for model in options.model:
-            for name, shape in shapes_of(MODELS[model]).items():
+            for name, shape in product_shapes(MODELS[model]).items():
                 if name not in options.product:
                     continue
                 tiles, us = best_tiles(name, shape, precision == "fp8")

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from orthrus.engine.kernels import linear
 from orthrus.engine.kernels.linear import Tiles
+from orthrus.engine.quantise import quantise_rows
 from tests.engine.interpreter import DEVICE
 
 # Tiny shapes have one part by default: these cut sums as large ones are cut. Small, for each step of a program costs
@@ -40,3 +41,9 @@ def cut(monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[int, int]:
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normal numbers of a dtype."""
     return torch.randn(shape).to(DEVICE, dtype)
+
+
+def weight_of(num_outputs: int, width: int, dtype: torch.dtype, is_fp8: bool) -> tuple[Tensor, Tensor | None]:
+    """A weight whose products are about as large as its inputs, in this dtype or in fp8, and its scale there."""
+    weight = draw(num_outputs, width, dtype=dtype) / width**0.5
+    return quantise_rows(weight) if is_fp8 else (weight, None)

@@ -135,6 +135,38 @@ def test_stops_cut_text_and_pages(drafting: bool):
     check_same(engine(), requests, tokenizer=letters)
 
 
+@pytest.mark.parametrize("variant", ["qwen3", "qwen2"])
+def test_drafts_in_fp8_are_other_drafts_of_the_same_text(variant: str):
+    requests = [request(random_prompt(n, seed=n), 40) for n in (3, 17, 40)]
+    requests.append(request(random_prompt(9), 40, temperature=0.9, seed=4))
+    texts, expected = decode_all(Decoder(engine(variant)), requests)
+    found_texts, found = decode_all(Decoder(engine(variant, draft_precision="fp8")), requests)
+    assert found_texts == texts, "a draft's precision reached the text"
+    assert [r.draft_ids for r in found] != [r.draft_ids for r in expected], "drafts are not of fp8 copies"
+
+
+def accepted_share(backend: EngineBackend, requests: list[Request]) -> tuple[float, list[list[int]]]:
+    """Accepted drafts a cycle, and the texts."""
+    texts, records = decode_all(Decoder(backend), requests)
+    cycles = [record for record in records if record.num_drafted]
+    return sum(record.num_accepted for record in cycles) / len(cycles), texts
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_drafts_in_fp8_are_accepted_nearly_as_often(tied: bool):
+    """Of a view that drafts as the AR view writes, over random weights, whose argmaxes lie close together."""
+    model = copy.deepcopy(subject(tied))
+    model.init_view()
+    requests = [request(random_prompt(n, seed=n), 60) for n in (3, 17, 30, 5)]
+    (expected, texts), (found, found_texts) = (
+        accepted_share(EngineBackend(model, num_pages=200, page_slots=PAGE, draft_precision=precision), requests)
+        for precision in (None, "fp8")
+    )
+    assert found_texts == texts
+    assert expected > 0.4, "nothing is accepted that could be lost"
+    assert found > 0.8 * expected, f"{found:.2f} drafts a cycle are accepted, {expected:.2f} without fp8"
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_prefill_chunks_change_nothing_and_end_at_fixed_places(chunk: int):
     prompt = random_prompt(130)
@@ -456,3 +488,13 @@ def test_the_bundled_model_drafts_as_it_does_on_the_portable_backend():
     found_texts, found = decode_all(Decoder(EngineBackend(model, num_pages=64), block_size=16), requests)
     assert found_texts == texts
     assert [r.num_accepted for r in found] == [r.num_accepted for r in expected]
+
+
+def test_the_bundled_model_drafts_nearly_as_well_in_fp8():
+    model = OrthrusForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(BUNDLED)
+    requests = [request(tokenizer(prompt).input_ids, 40) for prompt in PROMPTS]
+    expected, texts = accepted_share(EngineBackend(model, num_pages=64), requests)
+    found, found_texts = accepted_share(EngineBackend(model, num_pages=64, draft_precision="fp8"), requests)
+    assert found_texts == texts
+    assert found > 0.9 * expected, f"{found:.2f} drafts a cycle are accepted, {expected:.2f} without fp8"

@@ -20,8 +20,8 @@ from triton.compiler import ASTSource
 from orthrus.engine.kernels import head_kernels, linear_kernels, norm, quantise
 
 POINTERS = dict(
-    X="*bf16", W="*bf16", X_SCALE="*fp32", WEIGHT="*bf16", SCALE="*fp32", BIAS="*bf16", RESIDUAL="*bf16", OUT="*bf16", PARTS="*fp32",
-    VALUES="*fp32", IDS="*i32",
+    X="*bf16", X_SCALE="*fp32", W="*bf16", WEIGHT="*bf16", SCALE="*fp32", BIAS="*bf16", RESIDUAL="*bf16", OUT="*bf16",
+    PARTS="*fp32", VALUES="*fp32", IDS="*i32",
 )
 
 
@@ -37,11 +37,13 @@ def ptx(kernel, types, **constants):
 
 
 TILE = dict(BLOCK_E=64, BLOCK_R=32, BLOCK_K=64, WHOLE=True, BY="tf32", HOPPER=True)
+FP8 = dict(X="*fp8e4nv", W="*fp8e4nv")
 NONE = dict(X_SCALE=None, SCALE=None, BIAS=None, RESIDUAL=None)
 multiply = linear_kernels.multiply
 products = [
     ptx(multiply, {}, SPLITS=1, SPREAD=False, GATED=False, **TILE, X_SCALE=None),
-    ptx(multiply, dict(X="*fp8e4nv", W="*fp8e4nv"), SPLITS=2, SPREAD=False, GATED=True, **TILE, BIAS=None, RESIDUAL=None),
+    ptx(multiply, FP8, SPLITS=2, SPREAD=False, GATED=True, **TILE, BIAS=None, RESIDUAL=None),
+    ptx(head_kernels.tile_largest, FP8, SPLITS=1, **TILE, DTYPE=tl.bfloat16),
     ptx(multiply, dict(OUT="*fp32"), SPLITS=2, SPREAD=True, GATED=True, **TILE | dict(BLOCK_R=128), **NONE),
     ptx(multiply, {}, SPLITS=1, SPREAD=False, GATED=False, **TILE | dict(WHOLE=False), **NONE, num_rows=1),
     ptx(head_kernels.tile_largest, {}, SPLITS=1, **TILE, X_SCALE=None, SCALE=None, DTYPE=tl.bfloat16),
@@ -59,6 +61,7 @@ others = [
 ]
 for one in others:
     assert one.count("griddepcontrol.wait") == one.count("griddepcontrol.launch_dependents") == 1
+assert "cvt.rn.satfinite.e4m3x2.f32" in others[0] and "div.full" not in others[0], "rows are not quantised as by torch"
 """
 
 

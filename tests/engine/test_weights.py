@@ -9,7 +9,17 @@ from torch import nn
 from orthrus.decoding.decoder import Decoder
 from orthrus.decoding.generate import OrthrusForCausalLM
 from orthrus.engine.engine import EngineBackend
-from orthrus.engine.weights import check_draft_precision, copies_bytes, join, rotary_tables, take_weights
+from orthrus.engine.quantise import quantise_weight
+from orthrus.engine.weights import (
+    Matrix,
+    Weights,
+    check_draft_precision,
+    copies_bytes,
+    join,
+    rotary_tables,
+    take_weights,
+)
+from orthrus.model.attention import View
 from tests.decoding.subjects import decode_all, random_prompt, request, stock_text, subject
 from tests.families import VARIANTS
 
@@ -56,6 +66,42 @@ def test_the_views_rows_are_queries_keys_values_then_gate_up():
         assert torch.equal(layer.attention[view].out.weight_ED, getattr(attention, f"o_proj{suffix}").weight)
     mlp = model.model.layers[1].mlp
     assert torch.equal(layer.mlp["ar"].gate_up.weight_ED, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
+
+
+def matrices(weights: Weights, view: View) -> list[Matrix]:
+    """All that a pass in one view multiplies by."""
+    found = [weights.head[view]]
+    for layer in weights.layers:
+        attention, mlp = layer.attention[view], layer.mlp[view]
+        found += [attention.qkv, attention.out, mlp.gate_up, mlp.down]
+    return found
+
+
+@pytest.mark.parametrize(("tied", "variant"), [(True, "qwen3"), (False, "qwen2")])
+def test_copies_for_drafts_are_of_what_drafts_read_and_nothing_else(tied: bool, variant: str):
+    model = copy.deepcopy(subject(tied, variant=variant))
+    plain = take_weights(model)
+    before = storages(model)
+    weights = take_weights(model, "fp8")
+    assert storages(model) == before, "the model's own memory changed"
+    for one, other in zip(matrices(weights, "ar"), matrices(plain, "ar"), strict=True):
+        assert one.scale_E is None and one.weight_ED.data_ptr() == other.weight_ED.data_ptr(), "the verifier reads fp8"
+    for one, other in zip(matrices(weights, "diffusion"), matrices(plain, "diffusion"), strict=True):
+        quantised_ED, scale_E = quantise_weight(other.weight_ED)
+        assert one.scale_E is not None and torch.equal(one.scale_E, scale_E)
+        assert torch.equal(one.weight_ED.float(), quantised_ED.float()), "a copy of another matrix"
+        if other.bias_E is None:
+            assert one.bias_E is None
+        else:
+            assert one.bias_E is not None and torch.equal(one.bias_E, other.bias_E)
+    copied = [matrix.weight_ED for matrix in matrices(plain, "diffusion")]
+    assert weights.draft_bytes == sum(weight.numel() + 4 * len(weight) for weight in copied)
+    assert plain.draft_bytes == 0
+
+
+def test_a_draft_precision_that_is_none_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"must be one of fp8 or None, got 'int4'"):
+        EngineBackend(copy.deepcopy(subject()), num_pages=20, draft_precision="int4")  # pyrefly: ignore[bad-argument-type]
 
 
 def test_an_edit_in_place_reaches_the_engine():

@@ -151,7 +151,7 @@ class EngineBackend:
         drafting = None
         if is_drafting:
             is_drafted = ahead is not None and ahead.inputs is inputs and is_same
-            drafting = ahead.watch if is_drafted else self._draft(inputs)
+            drafting = ahead.watch if ahead and is_drafted else self._draft(inputs)
         watch = Stopwatch(self.device)
         watch.mark()
         inputs.forget()

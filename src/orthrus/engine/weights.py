@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from orthrus.decoding.backends import DraftPrecision
-from orthrus.engine.quantise import quantise_rows
+from orthrus.engine.quantise import quantise_weight
 from orthrus.engine.reference import HeadNorms, Rotary
 from orthrus.model.attention import View, twin
 from orthrus.model.bases import ROWS
@@ -257,7 +257,7 @@ def _adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
 
 def in_fp8(matrix: Matrix) -> Matrix:
     """A copy in float8_e4m3fn."""
-    weight_ED, scale_E = quantise_rows(matrix.weight_ED)
+    weight_ED, scale_E = quantise_weight(matrix.weight_ED)
     return Matrix(weight_ED, matrix.bias_E, scale_E)
 
 

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from orthrus.engine.kernels.linear_kernels import _scale, whole_product
+from orthrus.engine.kernels.linear_kernels import whole_product
 from orthrus.engine.kernels.overlap import follow
 
 
@@ -30,9 +30,8 @@ def tile_largest(
     tile = tl.program_id(1)
     # Ids that are not there do as the last, id included: they change neither the largest nor who has it.
     ids = tl.minimum(tile * BLOCK_E + tl.arange(0, BLOCK_E), vocab_size - 1)
-    logits = whole_product(X, W, x_stride, width, per_split, tl.minimum(rows, num_rows - 1), ids, SPLITS,
+    logits = whole_product(X, X_SCALE, W, x_stride, width, per_split, tl.minimum(rows, num_rows - 1), ids, SPLITS,
                            BLOCK_E, BLOCK_R, BLOCK_K, WHOLE, BY)  # fmt: skip
-    logits = _scale(logits, X_SCALE, tl.minimum(rows, num_rows - 1))
     if SCALE is not None:
         logits = logits * tl.load(SCALE + ids)[:, None]
     best, best_id = _largest(logits.to(DTYPE).to(tl.float32), ids[:, None], 0)

@@ -14,10 +14,13 @@ from orthrus.engine.kernels.overlap import follow, let_next, wait
 
 
 @triton.jit
-def product(X, W, x_stride, width, rows_R, outputs_E, begin, end,
+def product(X, X_SCALE, W, x_stride, width, rows_R, outputs_E, begin, end,
             BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
             BY: tl.constexpr):  # fmt: skip
-    """The part of weight . x' that inputs begin .. end - 1 make, a block of inputs after the other. fp32 [E, R]."""
+    """The part of weight . x' that inputs begin .. end - 1 make, a block of inputs after the other. fp32 [E, R].
+
+    Parts are scaled, not their sum: who adds them up does not know rows' scales, and has to find the same bits.
+    """
     weights = W + outputs_E.to(tl.int64)[:, None] * width
     inputs = X + rows_R.to(tl.int64)[None, :] * x_stride
     acc = tl.zeros([BLOCK_E, BLOCK_R], tl.float32)
@@ -29,28 +32,22 @@ def product(X, W, x_stride, width, rows_R, outputs_E, begin, end,
             w = tl.load(weights + k[None, :], mask=(k < width)[None, :], other=0.0)
             x = tl.load(inputs + k[:, None], mask=(k < width)[:, None], other=0.0)
         acc = tl.dot(w, x, acc, input_precision=BY)
+    if X_SCALE is not None:  # rows are quantised
+        acc = acc * tl.load(X_SCALE + rows_R)[None, :]
     return acc
 
 
 @triton.jit
-def whole_product(X, W, x_stride, width, per_split, rows_R, outputs_E, SPLITS: tl.constexpr,
+def whole_product(X, X_SCALE, W, x_stride, width, per_split, rows_R, outputs_E, SPLITS: tl.constexpr,
                   BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
                   BY: tl.constexpr):  # fmt: skip
     """weight . x' with the bits that adding the splits' parts in order gives. fp32 [E, R]."""
-    total = product(X, W, x_stride, width, rows_R, outputs_E, 0, tl.minimum(per_split, width),
+    total = product(X, X_SCALE, W, x_stride, width, rows_R, outputs_E, 0, tl.minimum(per_split, width),
                     BLOCK_E, BLOCK_R, BLOCK_K, WHOLE, BY)  # fmt: skip
     for split in range(1, SPLITS):  # not unrolled: it would take more registers than there are
-        total += product(X, W, x_stride, width, rows_R, outputs_E,
+        total += product(X, X_SCALE, W, x_stride, width, rows_R, outputs_E,
                          split * per_split, tl.minimum((split + 1) * per_split, width),
                          BLOCK_E, BLOCK_R, BLOCK_K, WHOLE, BY)  # fmt: skip
-    return total
-
-
-@triton.jit
-def _scale(total, X_SCALE, rows_R):
-    """A product of quantised rows as one of the rows themselves. [E, R]."""
-    if X_SCALE is not None:
-        total = total * tl.load(X_SCALE + rows_R)[None, :]
     return total
 
 
@@ -86,9 +83,8 @@ def multiply(
         lane = tl.arange(0, BLOCK_E)
         gates = tl.minimum(tl.program_id(1) * HALF + lane % HALF, num_outputs - 1)
         read_outputs = gates + lane // HALF * num_outputs
-        total = whole_product(X, W, x_stride, width, per_split, read_rows, read_outputs, SPLITS,
+        total = whole_product(X, X_SCALE, W, x_stride, width, per_split, read_rows, read_outputs, SPLITS,
                               BLOCK_E, BLOCK_R, BLOCK_K, WHOLE, BY)  # fmt: skip
-        total = _scale(total, X_SCALE, read_rows)
         if SCALE is not None:
             total = total * tl.load(SCALE + read_outputs)[:, None]
         gate, up = tl.split(tl.permute(tl.reshape(total, [2, HALF, BLOCK_R]), [1, 2, 0]))
@@ -99,15 +95,13 @@ def multiply(
         read_outputs = tl.minimum(outputs, num_outputs - 1)
         if SPREAD:
             split = tl.program_id(2)
-            total = product(X, W, x_stride, width, read_rows, read_outputs,
+            total = product(X, X_SCALE, W, x_stride, width, read_rows, read_outputs,
                             split * per_split, tl.minimum((split + 1) * per_split, width),
                             BLOCK_E, BLOCK_R, BLOCK_K, WHOLE, BY)  # fmt: skip
-            total = _scale(total, X_SCALE, read_rows)
             OUT += split.to(tl.int64) * num_rows * num_outputs
         else:
-            total = whole_product(X, W, x_stride, width, per_split, read_rows, read_outputs, SPLITS,
+            total = whole_product(X, X_SCALE, W, x_stride, width, per_split, read_rows, read_outputs, SPLITS,
                                   BLOCK_E, BLOCK_R, BLOCK_K, WHOLE, BY)  # fmt: skip
-            total = _scale(total, X_SCALE, read_rows)
             residuals = read_rows.to(tl.int64)[None, :] * residual_stride + read_outputs[:, None]
             total = _finish(total, SCALE, BIAS, RESIDUAL, read_outputs[:, None], residuals,
                             (rows < num_rows)[None, :])  # fmt: skip
