@@ -246,7 +246,7 @@ def measure_model(
                     ResultRecord.of, origin, unit="ms",
                     params=dict(model=shape, context=context, batch=batch, block_size=block_size, trace=name,
                                 drafting=name != "ar", backend="engine", dtype="bfloat16",
-                                draft_precision=options.draft_precision, floor_ms=floor),
+                                draft_precision=options.draft_precision, floor_ms=floor, statistic="median"),
                 )  # fmt: skip
                 if name == "ar":
                     records.append(record(name="ar_step_ms", value=value["cycle_ms"]))
@@ -273,7 +273,7 @@ def measure_portable(
         show(shape, context, batch, f"{name} port.", value, float("nan"))
         params: dict[str, Any] = dict(
             model=shape, context=context, batch=batch, block_size=options.block_size, trace=name,
-            drafting=name != "ar", backend="portable", dtype="bfloat16",
+            drafting=name != "ar", backend="portable", dtype="bfloat16", statistic="median",
         )  # fmt: skip
         metric = "ar_step_ms" if name == "ar" else "cycle_ms"
         records.append(ResultRecord.of(origin, name=metric, value=value["cycle_ms"], unit="ms", params=params))
