@@ -14,7 +14,7 @@ from orthrus.decoding.decoder import Decoder, Request
 from orthrus.engine.engine import EngineBackend
 from orthrus.engine.operations import Ops, reference_ops
 from orthrus.engine.passes import Inputs
-from orthrus.engine.reference import Pages, attend, head_argmax, linear, swiglu
+from orthrus.engine.reference import Pages, attend, head_argmax, linear, place_heads, rms_norm, swiglu
 from tests.decoding.subjects import request
 
 
@@ -166,8 +166,18 @@ def row_by_row_ops() -> Ops:
             mixed.append(attend(q_RNH[r : r + 1], alone, width=1, **options))
         return torch.cat(mixed)
 
+    def linear_and_norm_alone(x_RD: Tensor, weight_ED: Tensor, *, norm_E: Tensor, eps: float, **options):
+        out_RE = linear_alone(x_RD, weight_ED, **options)
+        return out_RE, rms_norm(out_RE, norm_E, eps)
+
+    def project_heads_alone(x_RD: Tensor, qkv_ED: Tensor, *places, bias_E=None, scale_E=None, **options) -> Tensor:
+        return place_heads(linear_alone(x_RD, qkv_ED, bias_E=bias_E, scale_E=scale_E), *places, **options)
+
+    linear_alone = rowwise(linear, "residual_RE")
     return reference_ops()._replace(
-        linear=rowwise(linear, "residual_RE"),
+        linear=linear_alone,
+        linear_and_norm=linear_and_norm_alone,
+        project_heads=project_heads_alone,
         swiglu=rowwise(swiglu),
         head_argmax=rowwise(head_argmax),
         attend=attend_alone,

@@ -86,7 +86,7 @@ def check_close(fast: tuple[Tensor, ...], slow: tuple[Tensor, ...], dtype: torch
 def test_heads_are_placed_as_by_the_twin(
     monkeypatch, shape: tuple[int, int, int], dtype: torch.dtype, drafts: bool, norms: bool
 ) -> None:
-    monkeypatch.setattr(place, "TILE", dict(TILE_T=16, num_warps=4))  # fewer programs to interpret
+    monkeypatch.setattr(place, "TILE", place.TILE | dict(TILE_T=16))  # fewer programs to interpret
     check_twin(shape, dtype, norms=norms, drafts=drafts)
 
 
