@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import LogitsProcessorList, MaxTimeCriteria, StoppingCriteriaList
 
-from orthrus.decoding import backends
+from orthrus.decoding import backends, generate
+from orthrus.decoding.decoder import Decoder
 from orthrus.decoding.generate import OrthrusForCausalLM
 from orthrus.engine import reference
 from tests.decoding.subjects import MASK, random_prompt, subject
@@ -225,3 +226,34 @@ def test_an_error_of_the_users_is_no_refusal(model: OrthrusForCausalLM, on_gpu: 
     output = model.generate(IDS, max_new_tokens=9, streamer=streamer)
     assert streamer.events[-1] == "end" and sum(streamer.events[:-1], []) == output[0].tolist()
     assert MASK not in output and len(random_prompt(7)) + 9 == output.shape[1]
+
+
+def test_widths_are_chosen_where_no_text_depends_on_them(model: OrthrusForCausalLM, monkeypatch: pytest.MonkeyPatch):
+    block_sizes = []
+
+    class Noted(Decoder):
+        def __init__(self, *args, **options):
+            block_sizes.append(options["block_size"])
+            super().__init__(*args, **options)
+
+    def sizes(**settings) -> Any:
+        model.generate(IDS, max_new_tokens=4, **settings)
+        return block_sizes[-1]
+
+    monkeypatch.setattr(generate, "Decoder", Noted)
+    assert sizes(backend="engine") is None, "on a CPU the engine's bits may depend on widths"
+    as_on_a_gpu = property(lambda chosen: "auto" if chosen.name == "engine" else None)
+    monkeypatch.setattr(backends.Chosen, "default_block_size", as_on_a_gpu)
+    assert sizes(backend="engine") == sizes(backend="engine", do_sample=True, seed=1) == "auto"
+    assert sizes(backend="engine", block_size=3) == 3
+    assert sizes(backend="engine", use_diffusion_mode=False) is None
+    assert sizes(backend="engine", do_sample=True) is None, "a speculative text would depend on the clock"
+    assert sizes(backend="portable") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "exact", "default"), [("engine", True, "auto"), ("engine", False, None), ("portable", True, None)]
+)
+def test_only_the_engine_on_a_gpu_chooses_widths_by_itself(name: str, exact: bool, default: str | None):
+    backend: Any = None
+    assert backends.Chosen(backend, name, exact=exact).default_block_size == default

@@ -50,6 +50,8 @@ class Session:
         block_size = self.block_size
         if block_size is None and self.model.device.type == "cpu":
             block_size = min(CPU_BLOCK_SIZE, self.model.config.block_size)
+        elif block_size is None:
+            block_size = self.chosen.default_block_size
         self.decoder = Decoder(self.chosen.backend, block_size=block_size, tokenizer=self.tokenizer)
 
     def stopping(self, prompt_ids: Sequence[int], *, max_new_tokens: int, stop: Sequence[str] = ()) -> Stopping:

@@ -88,8 +88,9 @@ class OrthrusForCausalLM(OrthrusCheckpointMixin, OrthrusLM):
         """transformers' `generate`, with these arguments of its own:
 
         - `use_diffusion_mode`: False decodes one token at a time with the AR view, through the same loop.
-        - `block_size`: positions drafted together, 2 .. the trained size (the default), or "auto": each cycle drafts as
-          many tokens, from none up, as its time and its text make worth it (`decoding/schedule.py`).
+        - `block_size`: positions drafted together, 2 .. the trained size, or "auto": each cycle drafts as many tokens,
+          from none up, as its time and its text make worth it (`decoding/schedule.py`). By default "auto" on the engine
+          and a GPU, else the trained size, and that too for speculative sampling, whose text would follow the clock.
         - `sampling_rule`: `speculative` or `coupled` (the default where a seed is given); only with `do_sample=True`.
         - `seed`: the sampled text's seed; without one it comes from `generator` or torch's global generator.
         - `exact`: bit-identical logits with and without drafting; default on for bfloat16 and float16.
@@ -216,7 +217,7 @@ class _Generation:
                 )
             )
         with self._choose(model, requests, config.prefill_chunk_size or PREFILL_CHUNK) as chosen:
-            decoder = Decoder(chosen.backend, block_size=self.block_size)
+            decoder = Decoder(chosen.backend, block_size=self._block_size(chosen, requests))
             stats = DecodingStats(block_size=decoder.block_size, backend=chosen.name, refusal=chosen.refusal)
             written = _Written(decoder, requests, self.streamer, stats)
             written.run()
@@ -241,6 +242,13 @@ class _Generation:
         if chosen.refusal is not None:
             warnings.warn(f"generate: decoding on the slower portable backend: {chosen.refusal}", stacklevel=2)
         return chosen
+
+    def _block_size(self, chosen: Chosen, requests: list[Request]) -> int | Literal["auto"] | None:
+        """What was asked for, or the backend's default where that cannot change a text."""
+        is_speculative = any(request.sampling.effective_rule == "speculative" for request in requests)
+        if self.block_size is not None or not self.drafting or is_speculative:
+            return self.block_size
+        return chosen.default_block_size
 
     def _seeded(self, sampling: Sampling, copy: int) -> Sampling:
         """The row's own seed: the call's for the first sequence of a prompt, derived ones for the others."""
