@@ -50,6 +50,14 @@ def spilled(code):
     return int(re.search("([0-9]+) bytes spill stores", said)[1])
 
 
+def check_wait(code, num_ahead=0):
+    # Before it waits for the kernels before it, a kernel reads what none of them writes, and writes nothing.
+    assert code.count("griddepcontrol.wait") == code.count("griddepcontrol.launch_dependents") == 1
+    ahead = code[: code.index("griddepcontrol.wait")]
+    assert not re.search("st[.]global|red[.]global|atom[.]|cp[.]async|ret;", ahead), "it does not wait before it works"
+    assert ahead.count("ld.global") <= num_ahead, "more is read ahead than lengths, tables, widths and angles"
+
+
 def split(tile):
     names = ("num_warps", "num_stages", "enable_fp_fusion")
     return {n: v for n, v in tile.items() if n in names}, {n: v for n, v in tile.items() if n not in names}
@@ -64,21 +72,25 @@ for options, tile in (few, many):
     for how in (AR, DRAFT):
         code = ptx(attention_kernels.read_part, options, **READ | tile | how)
         copied = code.count("cp.async.cg.shared.global") * 16 * 32 * options["num_warps"]
-        num_tiles = copied / (2 * TILE_K[2] * 128 * 2)  # of keys and values: those before the loop and one in it
-        assert num_tiles == options["num_stages"], f"too few keys are loaded ahead: {num_tiles} tiles"
+        num_tiles = copied / (2 * TILE_K[2] * 128 * 2)  # of keys and values: those before a loop and one in it
+        # Two loops: tiles that all queries see, and the rest.
+        assert num_tiles == 2 * options["num_stages"], f"too few keys are loaded ahead: {num_tiles} tiles"
         assert not spilled(code), f"registers spill: {tile}, {how}"
+        check_wait(code, num_ahead=3 if how is DRAFT else 2)
         products.add(frozenset(re.findall(r"wgmma[.]mma_async\\S*", code)))
 assert len(products) == 1 and all(products), f"tiles of different sizes run different products: {products}"
 options, tile = many
 for how in (AR, DRAFT):
     code = ptx(attention_kernels.read_all, options, **READ | tile | how)
     assert not spilled(code), f"registers spill: whole rows, {how}"
+    check_wait(code)
 options, tile = split(MERGE)
-ptx(attention_kernels.merge, options, HAS_OWN=True, **HEADS | tile)
+check_wait(ptx(attention_kernels.merge, options, HAS_OWN=True, **HEADS | tile), num_ahead=2)
 options, tile = split(TILE)
 place = dict(SPLITS=2, HOPPER=True, SCALE=None, BIAS=None, NUM_HEADS=32, NUM_GROUPS=8, H=128, BLOCK_H=128, S=64, **tile)
-ptx(place_kernels.place, options, HAS_NORMS=True, HAS_OWN=False, **place)
-ptx(place_kernels.place, options, HAS_NORMS=False, HAS_OWN=True, QUERY_NORM=None, KEY_NORM=None, **place)
+check_wait(ptx(place_kernels.place, options, HAS_NORMS=True, HAS_OWN=False, **place), num_ahead=4)
+place |= dict(HAS_NORMS=False, HAS_OWN=True, QUERY_NORM=None, KEY_NORM=None)
+check_wait(ptx(place_kernels.place, options, **place), num_ahead=3)
 """
 
 

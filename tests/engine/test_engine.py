@@ -387,6 +387,31 @@ def test_what_was_drafted_ahead_is_not_taken_for_another_row():
     assert drafts[0] == drafts[1]
 
 
+def test_what_was_drafted_ahead_outlives_the_prefill_and_the_end_of_others(monkeypatch: pytest.MonkeyPatch):
+    """A long prompt that is prefilled between cycles, and a row that goes, cost the rows in decoding no draft."""
+    backend = engine(looks_ahead=True, prefill_chunk=16)
+    decoder = Decoder(backend)
+    other = decoder.admit(request(random_prompt(5, 3), 1)).row
+    prompt = random_prompt(20)
+    text = list(decoder.admit(request(prompt, 80)).token_ids)
+    drafts = []
+    draft = backend.passes.draft
+    monkeypatch.setattr(backend.passes, "draft", lambda inputs: drafts.append(inputs.shape) or draft(inputs))
+    late = decoder.begin(request(random_prompt(200, 1), 4))
+    num_cycles = 0
+    while decoder.num_cached(late) < 160:
+        text += decoder.step()[0].token_ids
+        num_cycles += 1
+        assert decoder.prefill(late, limit=16) is None
+        if num_cycles == 3:
+            decoder.release(other)
+    assert num_cycles == 10
+    assert len(drafts) == num_cycles + 1, f"{len(drafts)} drafts in {num_cycles} cycles and one ahead"
+    while decoder.active:
+        text += decoder.step()[0].token_ids
+    assert text == stock_text(prompt, 80)
+
+
 def row_of(prompt: list[int]) -> Row:
     """A greedy row that drafts a whole block."""
     return Row(

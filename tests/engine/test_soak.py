@@ -29,7 +29,9 @@ def toy() -> nn.Module:
     return model
 
 
-def soak_toy(num_jobs: int, *, block_size: BlockSize, is_plain: bool = False) -> Soaked:
+def soak_toy(
+    num_jobs: int, *, block_size: BlockSize, is_plain: bool = False, looks_ahead: bool | None = None
+) -> Soaked:
     """In fp32 by plain torch, whose products sum in an order that depends on the pass: log-probabilities are some ulp
     of the logits (about 10) apart, through two layers. Any other row's are further away than that."""
     mix = Mix(
@@ -37,13 +39,24 @@ def soak_toy(num_jobs: int, *, block_size: BlockSize, is_plain: bool = False) ->
         is_plain=is_plain, has_speculative=block_size != "auto",
     )  # fmt: skip
     jobs = mix.jobs(num_jobs, seed=0)
-    return soak(toy(), jobs, block_size=block_size, limits=LIMITS, alone_every=1, logprob_gap=1e-4)
+    return soak(
+        toy(), jobs, block_size=block_size, limits=LIMITS, alone_every=1, logprob_gap=1e-4,
+        engine={"looks_ahead": looks_ahead},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("block_size", "is_plain"), [(BLOCK, False), (4, False), ("auto", False), (BLOCK, True)])
 def test_soak(block_size: BlockSize, is_plain: bool):
     found = soak_toy(60, block_size=block_size, is_plain=is_plain)
     found.check_hardness()
+
+
+def test_a_device_that_drafts_ahead_drafts_the_same():
+    """As a GPU does it: a draft of another past would be a worse one."""
+    found, expected = (
+        soak_toy(60, block_size=4, is_plain=True, looks_ahead=looks_ahead) for looks_ahead in (True, False)
+    )
+    assert found.tokens_per_cycle == expected.tokens_per_cycle
 
 
 def free_a_page_early(patch: pytest.MonkeyPatch) -> None:

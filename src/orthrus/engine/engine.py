@@ -114,7 +114,7 @@ class EngineBackend:
         `num_kept` slots. New tokens of a row that was preempted are prefilled as its prompt is: their bits are the same
         in a pass of any shape. `limit`: see `Backend`.
         """
-        self._ahead = None  # what is drafted may be about to have another past
+        self._forget_ahead(row.index)
         watch = Stopwatch(self.device)
         watch.mark()
         self._check(row)
@@ -150,7 +150,7 @@ class EngineBackend:
             return self._chosen_cycle(rows, inputs)
         drafting = None
         if is_drafting:
-            is_drafted = ahead is not None and ahead.inputs is inputs and is_same
+            is_drafted = is_same and ahead is not None and ahead.is_of(inputs, rows)
             drafting = ahead.watch if ahead and is_drafted else self._draft(inputs)
         watch = Stopwatch(self.device)
         watch.mark()
@@ -159,7 +159,7 @@ class EngineBackend:
         watch.mark()
         read = inputs.begin_read()
         if is_drafting and self._is_steady(rows):
-            self._ahead = _Ahead(inputs, self._draft(inputs))
+            self._ahead = _Ahead(inputs, [row.index for row in rows], self._draft(inputs))
         outcomes = self._commit(rows, read(), inputs.shape.num_columns)
         anchors, lengths = [o.tokens[-1] for o in outcomes], [self.tables.length(row.index) for row in rows]
         inputs.know(anchors, lengths, [row.width for row in rows])
@@ -168,13 +168,13 @@ class EngineBackend:
 
     def release(self, row: int) -> None:
         """Forget a row, if it is known, and give its pages back."""
-        self._ahead = None  # its pages may become another's, with other text
+        self._forget_ahead(row)
         if row in self.tables:
             self.tables.remove(row)
 
     def truncate(self, row: int, length: int) -> None:
         """Forget a row's cached tokens from `length` on."""
-        self._ahead = None
+        self._forget_ahead(row)
         self.tables.truncate(row, length)
 
     def length(self, row: int) -> int:
@@ -230,6 +230,11 @@ class EngineBackend:
         self.graphs.run(self.passes.draft, inputs)
         watch.mark()
         return watch
+
+    def _forget_ahead(self, row: int) -> None:
+        """What was drafted for a row that is about to have another past is nobody's; other rows change nothing."""
+        if self._ahead is not None and row in self._ahead.rows:
+            self._ahead = None
 
     def _is_steady(self, rows: Sequence[Row]) -> bool:
         """Whether the next cycle is likely to have the same rows and widths: the last one had the same widths, and no
@@ -302,7 +307,12 @@ class _Ahead(NamedTuple):
     """Drafts of a cycle that is not asked for yet."""
 
     inputs: Inputs
+    rows: list[int]
     watch: Stopwatch
+
+    def is_of(self, inputs: Inputs, rows: Sequence[Row]) -> bool:
+        """Whether it was drafted in these buffers for these rows."""
+        return self.inputs is inputs and self.rows == [row.index for row in rows]
 
 
 class _Choice:

@@ -44,6 +44,7 @@ class KeptEngine(EngineBackend):
         self.prefill_chunk = prefill_chunk
         self.pool = PagePool(self.pool.num_pages, self.pool.page_slots)
         self.tables = PageTables(self.pool)
+        self._ahead = None
 
     def _check(self, row: Row) -> None:
         super()._check(row)
