@@ -44,6 +44,8 @@ TRACE_CYCLES = 4096
 """Cycles before a trace begins again."""
 TRACE_ROWS = 64
 """Rows before they follow the same traces again."""
+MAX_SLOTS = 2**20
+"""Tokens of keys and values: 155 GB at 8B."""
 WARM_CYCLES = 6
 """Eager, captured, and then some."""
 
@@ -225,7 +227,13 @@ def measure_model(
     records: list[ResultRecord] = []
     block_size, vocab = options.block_size, MODELS[shape].vocab
     longest = max(options.context) + (options.cycles + WARM_CYCLES) * block_size
-    row_counts = [batch for batch in options.batch if batch * longest < 2**20]
+    row_counts = [batch for batch in options.batch if batch * longest < MAX_SLOTS]
+    if len(row_counts) < len(options.batch):
+        print(
+            f"# batches of more than {MAX_SLOTS // longest} rows of {longest} tokens are left out: ask for less context"
+        )
+    if not row_counts:
+        return records
     num_pages = max(row_counts) * (longest // 64 + 2)
     backend = EngineBackend(
         model, num_pages=num_pages, draft_precision=options.draft_precision, make_passes=ForcedPasses

@@ -139,11 +139,14 @@ class EngineBackend:
         """One draft pass (unless every width is 0), one verify pass, acceptance, one host read, commit.
 
         While the host reads, the device drafts for the cycle after this one, if that is likely to have the same rows
-        and widths (`_is_steady`). A draft that nobody wants then leaves no trace.
+        and widths: this one has those of the last, and `is_steady_for` them. A draft that nobody wants then leaves no
+        trace.
         """
-        is_drafting = any(row.width for row in rows)
+        widths = [row.width for row in rows]
+        is_drafting = any(widths)
         if is_drafting and self._mask_token is None:
             raise ValueError("the configuration has no mask_token_id: this model cannot draft, decode without drafting")
+        is_steady, self._last_widths = widths == self._last_widths and is_steady_for(rows), widths
         inputs, is_same = self._batch(rows)
         ahead, self._ahead = self._ahead, None
         if not all(map(is_plain, rows)):
@@ -158,11 +161,11 @@ class EngineBackend:
         self.graphs.run(self.passes.verify, inputs)
         watch.mark()
         read = inputs.begin_read()
-        if is_drafting and self._is_steady(rows):
+        if is_drafting and is_steady and self._looks_ahead:
             self._ahead = _Ahead(inputs, [row.index for row in rows], self._draft(inputs))
         outcomes = self._commit(rows, read(), inputs.shape.num_columns)
         anchors, lengths = [o.tokens[-1] for o in outcomes], [self.tables.length(row.index) for row in rows]
-        inputs.know(anchors, lengths, [row.width for row in rows])
+        inputs.know(anchors, lengths, widths)
         draft_ms = 0.0 if drafting is None else drafting.between(0, 1)
         return Cycle(outcomes=outcomes, draft_ms=draft_ms, verify_ms=watch.between(0, 1))
 
@@ -236,13 +239,6 @@ class EngineBackend:
         if self._ahead is not None and row in self._ahead.rows:
             self._ahead = None
 
-    def _is_steady(self, rows: Sequence[Row]) -> bool:
-        """Whether the next cycle is likely to have the same rows and widths: the last one had the same widths, and no
-        row can have its last token after this cycle unless it writes an end."""
-        widths = [row.width for row in rows]
-        was_same, self._last_widths = widths == self._last_widths, widths
-        return self._looks_ahead and was_same and all(len(row.tokens) + row.width + 1 < row.max_tokens for row in rows)
-
     def _commit(self, rows: Sequence[Row], result: list[list[int]], num_columns: int) -> list[Outcome]:
         """What each row keeps of its accepted drafts, committed tokens and drafts."""
         outcomes = []
@@ -295,6 +291,11 @@ def page_bytes(model: nn.Module, page_slots: int) -> int:
     config = model.config
     num_numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return num_numbers * page_slots * model.dtype.itemsize
+
+
+def is_steady_for(rows: Sequence[Row]) -> bool:
+    """Whether none of the rows can have its last token after this cycle, unless it writes an end."""
+    return all(len(row.tokens) + row.width + 1 < row.max_tokens for row in rows)
 
 
 def is_plain(row: Row) -> bool:

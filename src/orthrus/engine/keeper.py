@@ -120,6 +120,9 @@ class Keeper:
         self._owner = threading.get_ident()
 
     def _give_back(self) -> None:
+        if self.engine is not None and self.engine.device.type == "cuda":
+            # Drafts made ahead may be on their way: the next caller may use another stream, or free what they write to.
+            torch.cuda.current_stream(self.engine.device).synchronize()
         self._owner = None
         self._lock.release()
 

@@ -149,12 +149,14 @@ class Passes:
         The AR view writes the pages of its positions, the diffusion view buffers of its own.
         """
         weights, ops = self.weights, self.ops
-        hidden_RD = F.embedding(inputs.ids_BW.flatten(), weights.embedding_VD)
         own = widths_B = None
+        if view == "diffusion":  # a row of padding sees its first position
+            widths_B = (inputs.widths_B + 1).clamp(min=1)
+        # Behind this kernel of torch's all overlap, and read widths before they wait.
+        hidden_RD = F.embedding(inputs.ids_BW.flatten(), weights.embedding_VD)
         if view == "diffusion":
             block = (len(hidden_RD), weights.num_groups, weights.head_dim)
             own = (hidden_RD.new_empty(block), hidden_RD.new_empty(block))
-            widths_B = (inputs.widths_B + 1).clamp(min=1)  # a row of padding sees its first position
         first, *later = weights.layers
         next_norms = [NextNorm(layer.input_norm_D, layer.input_eps) for layer in later]
         next_norms.append(NextNorm(weights.norm_D, weights.eps))
