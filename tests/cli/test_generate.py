@@ -37,6 +37,12 @@ def test_json_says_what_was_measured_on_what(model: Path):
     assert {"orthrus", "torch", "transformers", "python"} <= set(answer["versions"])
 
 
+@pytest.mark.parametrize("backend", options.BACKENDS)
+def test_a_prompt_beyond_the_context_is_refused_as_such(model: Path, backend: str):
+    message = refused("generate", "--model", model, "--backend", backend, "--device", "cpu", "x" * (CONTEXT + 1))
+    assert f"the prompt has {CONTEXT + 1} tokens, the model's context is {CONTEXT}: shorten it" in message
+
+
 def test_text_is_the_same_without_drafting_and_at_any_block_size(model: Path):
     plain = generate(model, PROMPT, "--no-diffusion")
     assert plain["mode"] == "ar" and plain["stats"]["num_drafted"] == 0

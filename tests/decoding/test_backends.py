@@ -73,6 +73,16 @@ def test_scores_and_logits_come_from_the_engine_too(model: OrthrusForCausalLM):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_a_prompt_beyond_the_context_is_refused_as_such(model: OrthrusForCausalLM, on_gpu: None):
+    """Not as a matter of `max_new_tokens` or of the backend: no other setting would help, and no warning comes first."""
+    prompt = torch.tensor([random_prompt(model.config.max_position_embeddings, seed=1)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for backend in ("auto", "engine", "portable"):
+            with pytest.raises(ValueError, match="the prompt has .* tokens, the model's context is .*: shorten it"):
+                model.generate(input_ids=prompt, max_new_tokens=2, backend=backend)
+
+
 def test_a_cpu_decodes_portably_and_says_nothing(model: OrthrusForCausalLM):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

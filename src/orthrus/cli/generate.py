@@ -69,6 +69,7 @@ def generate(
     text = read_prompt(prompt)
 
     from orthrus.cli.session import open_session
+    from orthrus.decoding.decoder import check_prompt
     from orthrus.decoding.sampling import Sampling
 
     checked = Sampling(**sampling)
@@ -77,6 +78,7 @@ def generate(
         backend=backend, block_size=options.block_size_of(block_size), draft_precision=draft_precision,
     )  # fmt: skip
     prompt_ids = session.encode_chat([{"role": "user", "content": text}]) if chat else session.encode(text)
+    check_prompt(len(prompt_ids), session.model.config.max_position_embeddings)
     stopping = session.stopping(prompt_ids, max_new_tokens=max_new_tokens, stop=stop or ())
     request = {"prompt_ids": prompt_ids, "stopping": stopping, "sampling": checked}
     session.begin(num_tokens=len(prompt_ids) + stopping.max_new_tokens)

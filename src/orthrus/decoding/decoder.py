@@ -101,6 +101,14 @@ class _Sequence:
         self.row.processor = processor
 
 
+def check_prompt(num_tokens: int, max_positions: int) -> None:
+    """`ValueError` for a prompt of no tokens, and for one that leaves no room in the model's context."""
+    if not num_tokens:
+        raise ValueError("the prompt is empty; decoding needs at least one token")
+    if num_tokens >= max_positions:
+        raise ValueError(f"the prompt has {num_tokens} tokens, the model's context is {max_positions}: shorten it")
+
+
 def _chain(first: Processor, second: Processor) -> Processor:
     return lambda ids, scores: second(ids, first(ids, scores))
 
@@ -276,12 +284,7 @@ class Decoder:
 
     def _new_sequence(self, request: Request, index: int) -> _Sequence:
         prompt = list(request.prompt_ids)
-        if not prompt:
-            raise ValueError("the prompt is empty; decoding needs at least one token")
-        if len(prompt) >= self._backend.max_positions:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens, the model's context is {self._backend.max_positions}: shorten it"
-            )
+        check_prompt(len(prompt), self._backend.max_positions)
         sampling, stopping = request.sampling, request.stopping
         seed = 0
         if sampling.effective_rule != "greedy":

@@ -28,7 +28,7 @@ from orthrus.decoding.backends import (
     choose_backend,
     loaded_keeper,
 )
-from orthrus.decoding.decoder import Decoder, Record, Request
+from orthrus.decoding.decoder import Decoder, Record, Request, check_prompt
 from orthrus.decoding.portable import PREFILL_CHUNK
 from orthrus.decoding.sampling import Sampling, derive_seed
 from orthrus.decoding.stats import DecodingStats
@@ -198,6 +198,8 @@ class _Generation:
             raise ValueError(f"generate: streamer works with one row only, got {len(input_ids)}")
         prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
         check_range(prompts, model.config.vocab_size)
+        for prompt in prompts:  # here, since a backend would be asked for prompt and new tokens together
+            check_prompt(len(prompt), model.config.max_position_embeddings)
         processors, sampling = _split_warpers(logits_processor, bool(config.do_sample))
         _refuse_stateful(processors)
         stops = _Stops.of(stopping_criteria, input_ids.shape[1])
