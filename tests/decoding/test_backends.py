@@ -210,6 +210,7 @@ def test_code_beside_a_checkpoint_has_no_engine(model: OrthrusForCausalLM, on_gp
     [
         ({"backend": "fast"}, "backend must be one of 'auto', 'engine', 'portable', got 'fast'"),
         ({"backend": "portable", "cache_bytes": 10**6}, "no effect with backend='portable'"),
+        ({"cache_bytes": 10**6}, "cache_bytes sizes .* the engine is not used here: 'auto' takes it on a GPU"),
         ({"cache_bytes": 0.5}, "cache_bytes must be int"),
         ({"backend": "engine", "block_size": 99}, "block_size must be"),
         ({"backend": "engine", "draft_precision": "int4"}, "draft_precision must be 'fp8' or None, got 'int4'"),

@@ -104,6 +104,11 @@ def choose_backend(
         raise ValueError(
             f"draft_precision={draft_precision!r} is for the engine alone, which is not used here: {reason}"
         )
+    if cache_bytes is not None and refusal is None:  # else the caller is told why the engine is not used
+        raise ValueError(
+            f"cache_bytes sizes the engine's cache, and the engine is not used here: 'auto' takes it on a GPU, this "
+            f"model is on {model.device.type}; leave cache_bytes out"
+        )
     portable = PortableBackend(model, exact=exact, prefill_chunk=prefill_chunk)
     return Chosen(portable, "portable", exact=portable.exact, refusal=refusal)
 
