@@ -1,4 +1,4 @@
-"""Equal bits, L1 and L2 of DESIGN section 7: the checks, for whatever computes the passes.
+"""Equal bits, L1 and L2 of docs/lossless.md: the checks, for whatever computes the passes.
 
 What is compared are the AR view's logits of every committed token and the cached keys and values behind the text,
 between plain decoding of a row alone and the same row drafted, in company, by other chunks, replayed from graphs.

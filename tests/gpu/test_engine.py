@@ -1,4 +1,4 @@
-"""The engine's exactness claims on a GPU, in bf16, through its kernels and graphs: L1 and L2 of DESIGN section 7.
+"""The engine's exactness claims on a GPU, in bf16, through its kernels and graphs: L1 and L2 of docs/lossless.md.
 
 The checks are those of tests/engine, which a CPU runs over plain torch. `ORTHRUS_BIT_PROMPTS` sets how many prompts
 each comparison takes (40 by default; published claims are made with 1,000).

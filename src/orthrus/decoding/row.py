@@ -75,7 +75,7 @@ class Cycle:
 
 
 class Backend(Protocol):
-    """What the loop needs from whoever runs the model (DESIGN section 4)."""
+    """What the loop needs from whoever runs the model."""
 
     max_block_size: int
     max_positions: int

@@ -1,6 +1,6 @@
 """The engine: a backend of the decoding loop over paged keys and values, with passes of a few fixed shapes.
 
-Exactness (DESIGN section 7, L1 and L2). The rule is the strong one of performance.md, clause 5: every operation gives a
+Exactness (L1 and L2 of docs/lossless.md). The rule is a strong one: every operation gives a
 row the bits it would have alone, so no shape decides a bit. A plain step is a pass of one column, a verify pass of up
 to block_size, a prefill of hundreds, in company or alone: a position's keys, values and logits have the same bits in
 each. It follows that they do not depend on what was drafted or accepted, on who shares the batch, on where prefill

@@ -5,7 +5,7 @@ B rows, flat: R = B x W, row b's positions at b * W .. b * W + W - 1, its w-th a
 and values lie in pages; slot s of a row is slot s % S of page tables[b, s // S].
 
 Products are summed in fp32 and rounded once to the dtype of the input. A row's result depends on nothing but that row:
-not on R, not on its neighbours, not on where it stands (DESIGN section 7, L1 and L2).
+not on R, not on its neighbours, not on where it stands (L1 and L2 of docs/lossless.md).
 
     R = rows of a pass, D = hidden width, E = outputs, F = width of the MLP, N = query heads, G = key/value heads, H =
     head dimension, P = pages, S = slots of a page, M = pages of a table, V = vocabulary
