@@ -74,7 +74,7 @@ def test_scores_and_logits_come_from_the_engine_too(model: OrthrusForCausalLM):
 
 
 def test_a_prompt_beyond_the_context_is_refused_as_such(model: OrthrusForCausalLM, on_gpu: None):
-    """Not as a matter of `max_new_tokens` or of the backend: no other setting would help, and no warning comes first."""
+    """Not as a matter of `max_new_tokens` or of the backend: no other setting would help. No warning comes first."""
     prompt = torch.tensor([random_prompt(model.config.max_position_embeddings, seed=1)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
