@@ -45,9 +45,9 @@ class Chosen:
     def default_block_size(self) -> Literal["auto"] | None:
         """The block size of a caller who names none: "auto" where no width changes a bit, else the trained one (None).
 
-        That is the engine on a GPU, where a fixed block can be slower than plain decoding, and auto, once it had learnt,
-        was within 1 % of the best fixed one (N 8.5, batch 1 and 16: docs/benchmarks.md). Elsewhere a width is part of what
-        `exact` fixes, or short texts lost 10 % to the best block while auto was learning (docs/experiments.md).
+        That is the engine on a GPU, where a fixed block can be slower than plain decoding, and auto, once it had
+        learnt, was within 1 % of the best fixed one (N 8.5, batch 1 and 16: docs/benchmarks.md). Elsewhere a width is
+        part of what `exact` fixes, or short texts lost 10 % while auto was learning (docs/experiments.md).
         """
         return "auto" if self.name == "engine" and self.exact else None
 
