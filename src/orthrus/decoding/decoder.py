@@ -109,6 +109,13 @@ def check_prompt(num_tokens: int, max_positions: int) -> None:
         raise ValueError(f"the prompt has {num_tokens} tokens, the model's context is {max_positions}: shorten it")
 
 
+def check_block_size(block_size: Any, largest: int) -> None:
+    """`ValueError` for what is neither None, "auto" nor a number of positions that the model was trained for."""
+    is_number = isinstance(block_size, int) and 2 <= block_size <= largest
+    if not (is_number or block_size is None or block_size == "auto"):
+        raise ValueError(f"block_size must be 2 .. {largest} (the trained size) or 'auto', got {block_size!r}")
+
+
 def _chain(first: Processor, second: Processor) -> Processor:
     return lambda ids, scores: second(ids, first(ids, scores))
 
@@ -126,13 +133,12 @@ class Decoder:
         """`block_size` is the positions of every cycle, the trained number by default; with "auto" each cycle's width
         is chosen by what cycles took and kept (`decoding/schedule.py`)."""
         largest = backend.max_block_size
+        check_block_size(block_size, largest)
         self._schedule: Schedule | None = None
         if block_size == "auto":
             block_size = auto_block_size(largest, exact=backend.exact, device_type=backend.device.type)
             self._schedule = Schedule(backend.experience(block_size), device_type=backend.device.type)
         block_size = largest if block_size is None else block_size
-        if not (isinstance(block_size, int) and 2 <= block_size <= largest):
-            raise ValueError(f"block_size must be 2 .. {largest} (the trained size) or 'auto', got {block_size!r}")
         self.block_size = block_size
         self._backend = backend
         self._tokenizer = tokenizer

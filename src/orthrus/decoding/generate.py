@@ -28,7 +28,7 @@ from orthrus.decoding.backends import (
     choose_backend,
     loaded_keeper,
 )
-from orthrus.decoding.decoder import Decoder, Record, Request, check_prompt
+from orthrus.decoding.decoder import Decoder, Record, Request, check_block_size, check_prompt
 from orthrus.decoding.portable import PREFILL_CHUNK
 from orthrus.decoding.sampling import Sampling, derive_seed
 from orthrus.decoding.stats import DecodingStats
@@ -110,6 +110,7 @@ class OrthrusForCausalLM(OrthrusCheckpointMixin, OrthrusLM):
             use_diffusion_mode=use_diffusion_mode, block_size=block_size, seed=seed, exact=exact, generator=generator,
             cache_bytes=cache_bytes, draft_precision=draft_precision,
         )  # fmt: skip
+        check_block_size(block_size, self.config.block_size)
         check_wish(backend, cache_bytes, draft_precision)
         if draft_precision is not None and not use_diffusion_mode:
             raise ValueError(
