@@ -25,8 +25,9 @@ def conversation(model: Path, backend: str = "auto") -> Conversation:
         model=str(model), revision=None, base=None, dtype="float32", device="cpu", attn="sdpa", exact=None,
         backend=backend, block_size=None,
     )  # fmt: skip
-    session.begin(num_tokens=CONTEXT)
-    return Conversation(session, {"sampling": Sampling(), "drafting": True}, max_new_tokens=12)
+    request = {"sampling": Sampling(), "drafting": True}
+    session.begin(num_tokens=CONTEXT, **request)
+    return Conversation(session, request, max_new_tokens=12)
 
 
 def test_model_without_a_template_is_refused(model: Path):

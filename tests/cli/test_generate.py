@@ -64,6 +64,24 @@ def test_auto_writes_the_same_text_and_counts_its_widths(model: Path):
     assert sum(stats["width_histogram"]) == stats["num_cycles"] + stats["num_plain_steps"]
 
 
+def test_widths_are_chosen_unasked_only_where_no_text_depends_on_them(model: Path, monkeypatch: pytest.MonkeyPatch):
+    """As `generate` of the library does: the engine is asked as on a GPU, where no width changes a bit."""
+    as_on_a_gpu = property(lambda chosen: "auto" if chosen.name == "engine" else None)
+    monkeypatch.setattr("orthrus.decoding.backends.Chosen.default_block_size", as_on_a_gpu)
+    monkeypatch.setattr(session, "has_short_blocks", lambda model: False)
+    speculative = ("--temperature", 0.9)
+
+    def widths(*arguments: object) -> str:
+        return generate(model, PROMPT, "--backend", "engine", *arguments)["widths"]
+
+    assert widths() == widths(*speculative, "--seed", 1) == widths("--compare") == "auto"
+    assert widths("--block-size", 3) == "fixed"
+    assert widths(*speculative) == "fixed", "a speculative text would depend on the clock"
+    assert widths(*speculative, "--block-size", "auto") == "auto"
+    assert widths("--no-diffusion") == "fixed", "nothing is drafted"
+    assert widths("--backend", "portable") == "fixed"
+
+
 def test_block_size_is_a_number_or_auto(model: Path):
     assert "--block-size fast" in refused("generate", PROMPT, "--model", model, "--block-size", "fast")
 

@@ -87,8 +87,10 @@ def test_a_block_size_out_of_range_is_refused_before_an_engine_is_built(
     model: OrthrusForCausalLM, on_gpu: None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(generate, "choose_backend", lambda *args, **settings: pytest.fail("a backend was asked for"))
-    for block_size in (99, 1, "wide"):
-        for settings in ({}, {"backend": "engine"}, {"use_diffusion_mode": False}):
+    ways: list[dict[str, Any]] = [{}, {"backend": "engine"}, {"use_diffusion_mode": False}]
+    wrong: list[Any] = [99, 1, "wide"]
+    for block_size in wrong:
+        for settings in ways:
             with pytest.raises(ValueError, match=rf"block_size must be 2 .. \d+ .*got {block_size!r}"):
                 model.generate(IDS, max_new_tokens=4, block_size=block_size, **settings)
 

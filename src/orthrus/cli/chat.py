@@ -57,7 +57,8 @@ def chat(
     request = {"sampling": checked, "drafting": not no_diffusion}
     conversation = Conversation(session, request, system=system, max_new_tokens=max_new_tokens, stop=stop or ())
     conversation.check_template()
-    session.begin(num_tokens=session.model.config.max_position_embeddings, is_elastic=True)
+    context = session.model.config.max_position_embeddings
+    session.begin(num_tokens=context, sampling=checked, drafting=not no_diffusion, is_elastic=True)
     print(f"({session.chosen.name} backend) {COMMANDS}", file=sys.stderr)
     for line in read_lines():
         if not obey(conversation, line):

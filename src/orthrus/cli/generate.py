@@ -81,12 +81,13 @@ def generate(
     check_prompt(len(prompt_ids), session.model.config.max_position_embeddings)
     stopping = session.stopping(prompt_ids, max_new_tokens=max_new_tokens, stop=stop or ())
     request = {"prompt_ids": prompt_ids, "stopping": stopping, "sampling": checked}
-    session.begin(num_tokens=len(prompt_ids) + stopping.max_new_tokens)
+    drafting = not no_diffusion
+    session.begin(num_tokens=len(prompt_ids) + stopping.max_new_tokens, sampling=checked, drafting=drafting)
     output = Output(as_json=as_json, trace=trace, compare=compare)
     if output.compare:
         run_compare(session, request, text, output)
     else:
-        run_once(session, request, output, drafting=not no_diffusion)
+        run_once(session, request, output, drafting=drafting)
 
 
 def read_prompt(prompt: str | None) -> str:

@@ -48,7 +48,8 @@ AutoBlockSize = Annotated[
     typer.Option(
         "--block-size", metavar="K|auto",
         help="Positions per cycle, anchor included. auto: from one up, as each cycle's time and text make worth it; "
-        "the default of the engine on a GPU. Elsewhere that is the trained number, on a CPU at most 8.",
+        "the default of the engine on a GPU, but for sampling without a seed. Elsewhere that is the trained number, "
+        "on a CPU at most 8.",
     ),
 ]  # fmt: skip
 NoDiffusion = Annotated[bool, typer.Option("--no-diffusion", help="Plain decoding: one token at a time.")]

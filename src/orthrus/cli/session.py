@@ -13,7 +13,8 @@ import transformers
 
 from orthrus.cli.options import check_backend, check_dtype
 from orthrus.decoding.backends import Chosen, choose_backend
-from orthrus.decoding.decoder import Decoder
+from orthrus.decoding.decoder import Decoder, check_block_size
+from orthrus.decoding.sampling import Sampling
 from orthrus.decoding.schedule import CPU_BLOCK_SIZE
 from orthrus.decoding.stopping import Stopping, eos_token_ids
 from orthrus.environment import bundled_or, pick_device, versions
@@ -40,18 +41,22 @@ class Session:
     chosen: Chosen = field(init=False)
     decoder: Decoder = field(init=False)
 
-    def begin(self, *, num_tokens: int, is_elastic: bool = False) -> None:
-        """Choose the backend for one row of so many tokens, saying on stderr what of it nobody would expect."""
+    def begin(self, *, num_tokens: int, sampling: Sampling, drafting: bool, is_elastic: bool = False) -> None:
+        """Choose the backend for one row of so many tokens, saying on stderr what of it nobody would expect.
+
+        `sampling` and `drafting` are those of the requests to come: widths are chosen unasked where they allow it.
+        """
+        check_block_size(self.block_size, self.model.config.block_size)
         self.chosen = choose_backend(
             self.model, wish=self.wish, row_tokens=[num_tokens], exact=self.exact, is_elastic=is_elastic,
             draft_precision=self.draft_precision,
         )  # fmt: skip
         note_backend(self.chosen)
         block_size = self.block_size
-        if block_size is None and self.model.device.type == "cpu":
+        if block_size is None and has_short_blocks(self.model):
             block_size = min(CPU_BLOCK_SIZE, self.model.config.block_size)
         elif block_size is None:
-            block_size = self.chosen.default_block_size
+            block_size = self.chosen.block_size_for([sampling], drafting=drafting)
         self.decoder = Decoder(self.chosen.backend, block_size=block_size, tokenizer=self.tokenizer)
 
     def stopping(self, prompt_ids: Sequence[int], *, max_new_tokens: int, stop: Sequence[str] = ()) -> Stopping:
@@ -131,6 +136,11 @@ def open_session(
         block_size=block_size,
         draft_precision=draft_precision,
     )
+
+
+def has_short_blocks(model: Any) -> bool:
+    """Whether a block of the trained size costs more than it brings, so that nobody gets one unasked: on a CPU."""
+    return model.device.type == "cpu"
 
 
 def note_backend(chosen: "Chosen | BatchMeasurement") -> None:

@@ -5,7 +5,7 @@ the package (`trust_remote_code` runs a copy of this file, which lies beside a c
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from importlib import import_module
 from typing import Any, Literal, get_args
@@ -15,6 +15,7 @@ from torch import nn
 
 from orthrus.decoding.portable import PREFILL_CHUNK, PortableBackend
 from orthrus.decoding.row import Backend
+from orthrus.decoding.sampling import Sampling
 
 BackendName = Literal["auto", "engine", "portable"]
 """What a caller may ask for: "auto" takes the engine on a GPU where it can."""
@@ -50,6 +51,12 @@ class Chosen:
         part of what `exact` fixes, or short texts lost 10 % while auto was learning (docs/experiments.md).
         """
         return "auto" if self.name == "engine" and self.exact else None
+
+    def block_size_for(self, samplings: Iterable[Sampling], *, drafting: bool) -> Literal["auto"] | None:
+        """That default, where it cannot change a text: a speculative one depends on widths, hence on the clock.
+        Where nothing is drafted nothing is chosen."""
+        is_speculative = any(sampling.effective_rule == "speculative" for sampling in samplings)
+        return self.default_block_size if drafting and not is_speculative else None
 
     def __enter__(self) -> "Chosen":
         return self

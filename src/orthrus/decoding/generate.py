@@ -220,7 +220,10 @@ class _Generation:
                 )
             )
         with self._choose(model, requests, config.prefill_chunk_size or PREFILL_CHUNK) as chosen:
-            decoder = Decoder(chosen.backend, block_size=self._block_size(chosen, requests))
+            block_size = self.block_size
+            if block_size is None:
+                block_size = chosen.block_size_for((r.sampling for r in requests), drafting=self.drafting)
+            decoder = Decoder(chosen.backend, block_size=block_size)
             stats = DecodingStats(block_size=decoder.block_size, backend=chosen.name, refusal=chosen.refusal)
             written = _Written(decoder, requests, self.streamer, stats)
             written.run()
@@ -245,13 +248,6 @@ class _Generation:
         if chosen.refusal is not None:
             warnings.warn(f"generate: decoding on the slower portable backend: {chosen.refusal}", stacklevel=2)
         return chosen
-
-    def _block_size(self, chosen: Chosen, requests: list[Request]) -> int | Literal["auto"] | None:
-        """What was asked for, or the backend's default where that cannot change a text."""
-        is_speculative = any(request.sampling.effective_rule == "speculative" for request in requests)
-        if self.block_size is not None or not self.drafting or is_speculative:
-            return self.block_size
-        return chosen.default_block_size
 
     def _seeded(self, sampling: Sampling, copy: int) -> Sampling:
         """The row's own seed: the call's for the first sequence of a prompt, derived ones for the others."""
