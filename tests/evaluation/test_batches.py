@@ -162,6 +162,31 @@ def test_records_say_what_they_depend_on_and_are_told_apart(output: tuple[str, P
         assert value("num_tokens", batch=batch, drafting=True) == value("num_tokens", batch=batch, drafting=False)
 
 
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("engine", "float32"), ("portable", "float32"), ("portable", "bfloat16")]
+)
+def test_auto_is_a_block_size_like_others(checkpoint: Path, prompt_file: Path, backend: str, dtype: str):
+    arguments = ["--model", checkpoint, "--prompts", prompt_file, "--dtype", dtype, "--num-prompts", 2, "--batch", 2]
+    text = bench(*arguments, "--backend", backend, "--block-size", 4, "--block-size", "auto", "--json")
+    rows = [line for line in text.splitlines() if line.startswith("2 ")]
+    drafted = [line.split()[1:3] for line in rows if " block " in line]
+    assert drafted == [["block", "4"], ["block", "auto"]] and all(line.endswith(("2/2", "-")) for line in rows)
+    records = last_json(text)
+    for name in ("tokens_per_second", "identical_texts"):
+        found = [r for r in records if r["name"] == name and r["params"].get("reference") in (None, "ar")]
+        sizes = [r["params"]["block_size"] for r in found if r["params"]["drafting"]]
+        assert sizes == [4, "auto"], name
+
+
+def test_auto_is_a_mode_of_its_own_whose_loop_chooses_widths(checkpoint: Path, prompt_file: Path, model: Any):
+    (found,) = measured(checkpoint, prompt_file, model, batches=(2,), block_sizes=(4, "auto"))
+    fixed, auto = (Mode(drafting=True, exact=False, block_size=size) for size in (4, "auto"))
+    assert list(found.runs) == [ONE_ROW, fixed, auto]
+    with choose_backend(model, row_tokens=[20]) as chosen:
+        ways = decoders_of(model, chosen, [4, "auto"])
+        assert {mode: decoder.is_auto for mode, decoder in ways.items()} == {ONE_ROW: False, fixed: False, auto: True}
+
+
 def test_drafts_in_fp8_are_in_the_records_of_drafts(checkpoint: Path, prompt_file: Path):
     arguments = ["--model", checkpoint, "--prompts", prompt_file, "--dtype", "float32", "--block-size", 4, "--json"]
     settings = ["--device", "cpu", "--max-new-tokens", NUM_NEW, "--backend", "engine", "--draft-precision", "fp8"]
@@ -190,6 +215,7 @@ def test_a_refused_engine_is_noted(checkpoint: Path, prompt_file: Path, monkeypa
         (["--batch", 5], "a batch must be 1 .. 4"),
         (["--max-new-tokens", 1], "max_new_tokens must be at least 2"),
         (["--block-size", 64], "block_size must be 2 .. 8"),
+        (["--block-size", "auto", "--block-size", "fast"], "--block-size fast: give a number of positions, or auto"),
         (["--num-prompts", 9], "has 4 prompts, 9 are wanted"),
         (["--num-prompts", 0], "num_prompts must be at least 1"),
         (["--field", "text"], "needs an object with a string under 'text'"),

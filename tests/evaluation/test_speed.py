@@ -125,7 +125,9 @@ def test_histogram_and_positions_add_up(summaries: list[Summary]):
         assert sum(stats.acceptance_histogram) == stats.num_cycles
         assert sum(count * a for a, count in enumerate(stats.acceptance_histogram)) == stats.num_accepted
         shares = one.acceptance_per_position
-        assert all(0 <= share <= 1 for share in shares) and len(shares) == (one.mode.block_size or 0) - 1
+        block_size = one.mode.block_size
+        assert isinstance(block_size, int) and len(shares) == block_size - 1
+        assert all(0 <= share <= 1 for share in shares)
         drafted_at = stats.drafted_per_position
         assert sum(a * b for a, b in zip(shares, drafted_at, strict=True)) == pytest.approx(stats.num_accepted)
 

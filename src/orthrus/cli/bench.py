@@ -25,8 +25,8 @@ def decode(
         list[int] | None, typer.Option("--batch", metavar="B", help="Rows decoded together; may be repeated; 1.")
     ] = None,
     block_size: Annotated[
-        list[int] | None,
-        typer.Option(metavar="K", help="May be repeated; the trained number by default, on a CPU at most 8."),
+        list[str] | None,
+        typer.Option(metavar="K|auto", help="May be repeated; the trained number by default, on a CPU at most 8."),
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE.jsonl", help="One JSON object a line; held-out Python by default.")
@@ -51,7 +51,7 @@ def decode(
     check_dtype(dtype)
     check_backend(backend, attn)
     check_draft_precision(draft_precision, backend)
-    batches = batch or [1]
+    batches, block_sizes = batch or [1], [options.number_or_auto(text) for text in block_size or ()]
 
     from orthrus.cli.session import quiet
     from orthrus.decoding.schedule import CPU_BLOCK_SIZE
@@ -72,7 +72,7 @@ def decode(
         load_tokenizer(source, revision=revision, base=base),
         texts,
         batches=batches,
-        block_sizes=block_size or [min(CPU_BLOCK_SIZE, trained) if where.type == "cpu" else trained],
+        block_sizes=block_sizes or [min(CPU_BLOCK_SIZE, trained) if where.type == "cpu" else trained],
         max_new_tokens=max_new_tokens,
         backend=backend,
         exact=exact,

@@ -71,7 +71,12 @@ def refuse(option: str, reason: str, *, when: bool) -> None:
 
 def block_size_of(text: str | None) -> int | Literal["auto"] | None:
     """The value of `AutoBlockSize`."""
-    if text is None or text == "auto":
+    return None if text is None else number_or_auto(text)
+
+
+def number_or_auto(text: str) -> int | Literal["auto"]:
+    """A block size as the command line names it."""
+    if text == "auto":
         return text
     if not text.isdecimal():
         raise ValueError(f"--block-size {text}: give a number of positions, or auto")

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
 from orthrus.decoding.backends import Chosen, choose_backend
-from orthrus.decoding.decoder import Decoder, Record, Request
+from orthrus.decoding.decoder import Decoder, Record, Request, check_block_size
 from orthrus.decoding.portable import PortableBackend
 from orthrus.decoding.stats import DecodingStats
 from orthrus.decoding.stopping import Stopping, eos_token_ids
@@ -82,7 +82,7 @@ def measure_batches(
     prompts: Sequence[Prompt],
     *,
     batches: Sequence[int],
-    block_sizes: Sequence[int],
+    block_sizes: Sequence[int | Literal["auto"]],
     max_new_tokens: int,
     backend: Any = "auto",
     exact: bool | None = None,
@@ -93,6 +93,8 @@ def measure_batches(
     `ValueError` where there are fewer prompts than a batch has rows, and for what the backend refuses.
     """
     check_numbers(batches, num_prompts=len(prompts), max_new_tokens=max_new_tokens)
+    for block_size in block_sizes:
+        check_block_size(block_size, model.config.block_size)
     prompt_ids, context = encode(tokenizer, prompts), model.config.max_position_embeddings
     eos = eos_token_ids(model, tokenizer)
 
@@ -135,7 +137,7 @@ def check_numbers(batches: Sequence[int], *, num_prompts: int, max_new_tokens: i
             raise ValueError(f"a batch must be 1 .. {num_prompts} (the prompts there are), got {batch}")
 
 
-def decoders_of(model: Any, chosen: Chosen, block_sizes: Sequence[int]) -> dict[Mode, Decoder]:
+def decoders_of(model: Any, chosen: Chosen, block_sizes: Sequence[int | Literal["auto"]]) -> dict[Mode, Decoder]:
     """A step loop for each mode, over the one backend; one-row passes need another where passes are padded."""
     is_padded = chosen.backend.exact
     one_row = PortableBackend(model, exact=False) if is_padded else chosen.backend

@@ -7,7 +7,7 @@ kept apart. All modes go through the one step loop.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -27,8 +27,9 @@ class Mode:
 
     drafting: bool
     exact: bool
-    block_size: int | None
-    """Positions of a cycle, or of an exact pass; None for plain decoding in passes of one row."""
+    block_size: int | Literal["auto"] | None
+    """Positions of a cycle, or of an exact pass; None for plain decoding in passes of one row. "auto": as many in each
+    cycle as are worth it, in exact passes of the size that `auto` has there."""
 
     @property
     def baseline(self) -> "Mode":
@@ -51,7 +52,7 @@ class Measurement:
     runs: dict[Mode, list[Run]] = field(default_factory=dict)
 
 
-def modes(block_sizes: Sequence[int], *, exact: bool) -> list[Mode]:
+def modes(block_sizes: Sequence[int | Literal["auto"]], *, exact: bool) -> list[Mode]:
     """Drafting at each block size and the baselines of all."""
     found = [ONE_ROW]
     for block_size in block_sizes:

@@ -64,6 +64,8 @@ def mode_name(mode: Mode) -> str:
     """What a row of the table is called."""
     if mode.drafting:
         return f"block {mode.block_size}"
+    if mode.block_size == "auto":
+        return "plain, auto's passes"
     return "plain, one-row passes" if mode.block_size is None else f"plain, {mode.block_size}-row passes"
 
 
