@@ -187,6 +187,13 @@ def test_auto_is_a_mode_of_its_own_whose_loop_chooses_widths(checkpoint: Path, p
         assert {mode: decoder.is_auto for mode, decoder in ways.items()} == {ONE_ROW: False, fixed: False, auto: True}
 
 
+def test_only_prompts_that_are_decoded_are_counted(checkpoint: Path, prompt_file: Path):
+    """Four prompts, of which groups of three leave one out, and groups of two none."""
+    arguments = ["--model", checkpoint, "--prompts", prompt_file, "--dtype", "float32", "--block-size", 4]
+    assert ", 3 prompts (" in bench(*arguments, "--batch", 3).splitlines()[0]
+    assert ", 4 prompts (" in bench(*arguments, "--batch", 3, "--batch", 2).splitlines()[0]
+
+
 def test_drafts_in_fp8_are_in_the_records_of_drafts(checkpoint: Path, prompt_file: Path):
     arguments = ["--model", checkpoint, "--prompts", prompt_file, "--dtype", "float32", "--block-size", 4, "--json"]
     settings = ["--device", "cpu", "--max-new-tokens", NUM_NEW, "--backend", "engine", "--draft-precision", "fp8"]

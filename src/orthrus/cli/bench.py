@@ -80,7 +80,7 @@ def decode(
     )
     suite = "heldout_python" if prompts is None else prompts.stem
     facts = {"model": model_name(source), "suite": suite, "max_new_tokens": max_new_tokens, "temperature": 0.0}
-    records = report(loaded, found, facts, num_prompts=len(texts))
+    records = report(loaded, found, facts)
     if out is not None:
         path = write_records(records, out, theme=f"decode-{facts['model']}-{found[0].backend}")
         print(f"written to {path}")
@@ -88,9 +88,7 @@ def decode(
         print(to_json(records), flush=True)
 
 
-def report(
-    model: Any, found: "Sequence[BatchMeasurement]", facts: dict[str, Any], *, num_prompts: int
-) -> "list[ResultRecord]":
+def report(model: Any, found: "Sequence[BatchMeasurement]", facts: dict[str, Any]) -> "list[ResultRecord]":
     """Print the table of all batches; their records."""
     from orthrus.cli.session import note_backend
     from orthrus.evaluation.batches import COLUMNS, NOTES, batch_facts, batch_records, batch_row, summarise_batch
@@ -100,12 +98,13 @@ def report(
     note_backend(found[0])
     origin, records, rows = here_and_now(model.device), [], []
     for one in found:
-        params = facts | batch_facts(model, one) | {"num_prompts": num_prompts - num_prompts % one.batch}
+        params = facts | batch_facts(model, one) | {"num_prompts": one.num_prompts}
         for summary in summarise_batch(one):
             records += batch_records(summary, params, origin)
             rows.append(batch_row(summary))
     dtype = str(model.dtype).removeprefix("torch.")
     drafts = "" if found[0].draft_precision is None else f", drafts in {found[0].draft_precision}"
+    num_prompts = max(one.num_prompts for one in found)  # groups of any size are cut from the first prompt on
     print(
         f"{facts['model']}, {dtype}, {found[0].backend} backend{drafts}, {num_prompts} prompts ({facts['suite']}), "
         f"greedy, up to {facts['max_new_tokens']} tokens, {origin.hardware}\n"

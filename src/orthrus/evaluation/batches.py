@@ -75,6 +75,11 @@ class BatchMeasurement:
     """What drafts' own copy of the weights takes."""
     runs: dict[Mode, list[BatchRun]] = field(default_factory=dict)
 
+    @property
+    def num_prompts(self) -> int:
+        """Prompts that were decoded: those that fill groups."""
+        return self.batch * len(self.runs[ONE_ROW])
+
 
 def measure_batches(
     model: Any,
