@@ -23,7 +23,7 @@ from orthrus.evaluation.batches import (
     summarise_batch,
 )
 from orthrus.evaluation.measurement import ONE_ROW, Mode
-from orthrus.evaluation.records import read_records
+from orthrus.evaluation.records import check_writable, read_records
 from orthrus.evaluation.suites import prompts_from_jsonl
 from orthrus.model.checkpoint import load_model, load_tokenizer
 from tests.cli.commands import last_json, refused, run
@@ -192,6 +192,24 @@ def test_only_prompts_that_are_decoded_are_counted(checkpoint: Path, prompt_file
     arguments = ["--model", checkpoint, "--prompts", prompt_file, "--dtype", "float32", "--block-size", 4]
     assert ", 3 prompts (" in bench(*arguments, "--batch", 3).splitlines()[0]
     assert ", 4 prompts (" in bench(*arguments, "--batch", 3, "--batch", 2).splitlines()[0]
+
+
+def test_records_that_cannot_be_written_are_refused_before_anything_is_measured(
+    checkpoint: Path, prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "measure_batches", lambda *args, **settings: pytest.fail("something was measured"))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder.json").mkdir()
+    arguments = ["bench", "decode", "--model", checkpoint, "--prompts", prompt_file, "--device", "cpu"]
+    for out in ("file", "file/deeper/still", "file/records.json", "folder.json"):
+        assert f"{tmp_path / out} cannot be written" in refused(*arguments, "--out", tmp_path / out)
+    for out in (tmp_path / "new" / "folder", tmp_path / "new.json", tmp_path / "old.json"):
+        (tmp_path / "old.json").write_text("[]")
+        check_writable(out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.json", "old.json"], (
+        "a check leaves traces"
+    )
+    assert (tmp_path / "old.json").read_text() == "[]"
 
 
 def test_drafts_in_fp8_are_in_the_records_of_drafts(checkpoint: Path, prompt_file: Path):

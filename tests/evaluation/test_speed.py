@@ -372,7 +372,11 @@ def speed(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("--block-size", 64), "error: block_size must be 2 .. 8"), (("--device", "toaster"), "error: --device toaster")],
+    [
+        (("--block-size", 64), "error: block_size must be 2 .. 8"),
+        (("--device", "toaster"), "error: --device toaster"),
+        (("--num-prompts", 1, "--out", f"{__file__}/records"), f"error: {__file__}/records cannot be written"),
+    ],
 )
 def test_users_mistake_is_one_line_and_exit_code_2(checkpoint: Path, arguments: tuple, message: str):
     done = speed("--model", checkpoint, *arguments)

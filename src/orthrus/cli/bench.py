@@ -57,13 +57,15 @@ def decode(
     from orthrus.decoding.schedule import CPU_BLOCK_SIZE
     from orthrus.environment import bundled_or, pick_device
     from orthrus.evaluation.batches import check_numbers, measure_batches
-    from orthrus.evaluation.records import model_name, to_json, write_records
+    from orthrus.evaluation.records import check_writable, model_name, to_json, write_records
     from orthrus.evaluation.suites import read_prompts
     from orthrus.model.checkpoint import load_model, load_tokenizer
 
     source, where = bundled_or(model), pick_device(device)
     texts = read_prompts(prompts, field=field, num_prompts=num_prompts, num_heldout=max(NUM_PROMPTS, *batches))
     check_numbers(batches, num_prompts=len(texts), max_new_tokens=max_new_tokens)
+    if out is not None:
+        check_writable(out)
     quiet()
     loaded = load_model(source, revision=revision, base=base, dtype=dtype, device=where, attn_implementation=attn)
     trained = loaded.config.block_size

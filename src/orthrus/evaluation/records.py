@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -89,6 +90,22 @@ def read_records(path: Path | str) -> list[ResultRecord]:
         except TypeError as error:
             raise ValueError(f"{path}, record {number}: {error}") from None
     return records
+
+
+def check_writable(out: Path) -> None:
+    """`ValueError` where `write_records` could not write to `out`, to be known before hours are measured.
+
+    Tries it: permissions alone do not tell a read-only folder, or one of the system's own. Leaves nothing behind.
+    """
+    is_file = out.suffix == ".json"
+    try:
+        if is_file and out.exists():
+            out.open("ab").close()
+        else:
+            folders = out.parents if is_file else (out, *out.parents)
+            TemporaryFile(dir=next(folder for folder in folders if folder.exists())).close()
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written: {error.strerror}") from None
 
 
 def write_records(records: Sequence[ResultRecord], out: Path, *, theme: str) -> Path:

@@ -15,7 +15,7 @@ import typer
 
 from orthrus.environment import bundled_or, pick_device
 from orthrus.evaluation.measurement import dtype_name, measure
-from orthrus.evaluation.records import ResultRecord, here_and_now, model_name, to_json, write_records
+from orthrus.evaluation.records import ResultRecord, check_writable, here_and_now, model_name, to_json, write_records
 from orthrus.evaluation.suites import Prompt, read_prompts
 from orthrus.evaluation.summary import records_of, summarise
 from orthrus.evaluation.tables import print_summaries
@@ -143,6 +143,8 @@ def main(
             prompts=prompts, field=field, num_prompts=num_prompts, max_new_tokens=max_new_tokens, exact=exact,
             device=device, attn=attn,
         )  # fmt: skip
+        if out is not None:
+            check_writable(out)
         records = bench(settings)
         if out is not None:
             path = write_records(records, out, theme=f"speed-{settings.model_name}")
