@@ -2,10 +2,12 @@
 
     python benchmarks/tiles.py --model 8b                  # bf16 weights
     python benchmarks/tiles.py --model 8b --precision fp8  # the copies that drafts read
+    python benchmarks/tiles.py --model 8b --wide           # lines for `linear.WIDE`: more than 128 rows
 
 A choice is timed by what a pass runs (parts of qkv; o and down with residual and norm; gate_up with SwiGLU; the head's
 argmax), called for one weight after another, none of them in L2, in one graph. Its time is 2 x that of 32 rows + that
-of one row: a cycle and an AR step. Compiling is spread over processes, which share Triton's cache.
+of one row: a cycle and an AR step; with --wide, what a row takes at 256, 512 and 2,048. Compiling is spread over
+processes, which share Triton's cache.
 """
 
 import argparse
@@ -23,10 +25,14 @@ from benchmarks.gpu import COLD_BYTES, MODELS, microseconds, product_shapes
 from torch import Tensor
 
 from orthrus.engine.kernels import head, linear
-from orthrus.engine.kernels.linear import SHARED_BYTES, Tiles
+from orthrus.engine.kernels.linear import SHARED_BYTES, Tiles, tiles_of_shape
 from orthrus.engine.quantise import quantise_weight
 
 REPLAYS = 8
+FEW_ROWS = {32: 2.0, 1: 1.0}
+"""Rows that a choice is timed at, and the weight of each: a cycle and an AR step."""
+WIDE_ROWS = {256: 1 / 256, 512: 1 / 512, 2048: 1 / 2048}
+"""The same for --wide: what a row takes."""
 SPLITS = {"head": (1,), "gate_up": (1, 2), "down": (2, 3, 4, 6, 8), "qkv": (1, 2, 3, 4), "o": (1, 2, 3, 4, 6)}
 
 
@@ -40,6 +46,13 @@ def choices(name: str, weight_bytes: int) -> Iterator[Tiles]:
             yield Tiles(block_e, block_k, splits, warps, stages)
 
 
+def wide_choices(tiles: Tiles, weight_bytes: int) -> Iterator[Tiles]:
+    """The same cut of a sum in larger tiles, for many rows."""
+    for block_e, warps, stages in itertools.product((64, 128, 256), (4, 8), (2, 3, 4)):
+        if stages * tiles.BLOCK_K * (block_e + 128) * weight_bytes <= SHARED_BYTES:
+            yield tiles._replace(BLOCK_E=block_e, num_warps=warps, num_stages=stages)
+
+
 def call(name: str, x_RD: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor, norm: Tensor) -> Any:
     """What a pass runs."""
     if name == "gate_up":
@@ -51,7 +64,7 @@ def call(name: str, x_RD: Tensor, weight: Tensor, scale: Tensor | None, residual
     return linear.linear_and_norm(x_RD, weight, norm_E=norm, eps=1e-6, residual_RE=residual, scale_E=scale)
 
 
-def compile_some(work: list[tuple[str, Tiles]], is_fp8: bool) -> None:
+def compile_some(work: list[tuple[str, Tiles]], is_fp8: bool, row_counts: tuple[int, ...]) -> None:
     """Compile the kernels of these choices, over operands of any size."""
     for name, tiles in work:
         weight = torch.zeros(1024, 2048, device="cuda", dtype=torch.bfloat16)
@@ -59,7 +72,7 @@ def compile_some(work: list[tuple[str, Tiles]], is_fp8: bool) -> None:
         if is_fp8:
             weight, scale = quantise_weight(weight)
         linear.TILES[1024, 2048, weight.element_size()] = tiles
-        for rows in (32, 1):
+        for rows in row_counts:
             x, residual = (torch.zeros(rows, n, device="cuda", dtype=torch.bfloat16) for n in (2048, 1024))
             try:
                 call(name, x, weight, scale, residual, residual[0])
@@ -68,28 +81,31 @@ def compile_some(work: list[tuple[str, Tiles]], is_fp8: bool) -> None:
     torch.cuda.synchronize()
 
 
-def compile_all(work: list[tuple[str, Tiles]], is_fp8: bool, processes: int) -> None:
+def compile_all(work: list[tuple[str, Tiles]], is_fp8: bool, row_counts: tuple[int, ...], processes: int) -> None:
     """Compile in parallel."""
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=compile_some, args=(work[i::processes], is_fp8)) for i in range(processes)]
+    shares = [work[i::processes] for i in range(processes)]
+    workers = [context.Process(target=compile_some, args=(share, is_fp8, row_counts)) for share in shares]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
 
 
-def best_tiles(name: str, shape: tuple[int, int], is_fp8: bool) -> tuple[Tiles, list[float]]:
-    """The fastest choice and its microseconds at 32 rows and at one."""
+def best_tiles(
+    name: str, shape: tuple[int, int], tried: list[Tiles], *, is_fp8: bool, rows: dict[int, float]
+) -> tuple[Tiles, list[float]]:
+    """The fastest choice, and its microseconds at each number of rows, which `rows` weighs."""
     num_outputs, width = shape
     weight = torch.randn(shape, device="cuda", dtype=torch.bfloat16) / width**0.5
     scale = None
     if is_fp8:
         weight, scale = quantise_weight(weight)
     copies = [weight, *(weight.clone() for _ in range(math.ceil(COLD_BYTES / weight.nbytes)))]
-    inputs = [torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) for rows in (32, 1)]
-    residuals = [torch.randn(rows, num_outputs, device="cuda", dtype=torch.bfloat16) for rows in (32, 1)]
+    inputs = [torch.randn(count, width, device="cuda", dtype=torch.bfloat16) for count in rows]
+    residuals = [torch.randn(count, num_outputs, device="cuda", dtype=torch.bfloat16) for count in rows]
     found = []
-    for tiles in choices(name, weight.element_size()):
+    for tiles in tried:
         linear.TILES[num_outputs, width, weight.element_size()] = tiles
         try:
             us = [
@@ -99,7 +115,7 @@ def best_tiles(name: str, shape: tuple[int, int], is_fp8: bool) -> tuple[Tiles, 
         except Exception as error:  # noqa: BLE001
             print(f"# {name} {tuple(tiles)}: {type(error).__name__}", flush=True)
             continue
-        found.append((2 * us[0] + us[1], tiles, us))
+        found.append((sum(weight * one for weight, one in zip(rows.values(), us, strict=True)), tiles, us))
     _, tiles, us = min(found)
     return tiles, us
 
@@ -110,28 +126,40 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, nargs="+", required=True)
     parser.add_argument("--product", choices=SPLITS, nargs="+", default=list(SPLITS))
     parser.add_argument("--precision", choices=("bf16", "fp8"), nargs="+", default=["bf16"])
+    parser.add_argument("--wide", action="store_true", help="lines of linear.WIDE: more than 128 rows")
     parser.add_argument("--processes", type=int, default=15)
     options = parser.parse_args()
     begun = time.perf_counter()
+    linear.WIDE.clear()  # it would stand in for what is tried
     lines = []
     for precision in options.precision:
         weight_bytes = 1 if precision == "fp8" else 2
-        work = [(name, tiles) for name in options.product for tiles in choices(name, weight_bytes)]
+        tried = {
+            (model, name): list(
+                wide_choices(tiles_of_shape(*shape, weight_bytes), weight_bytes)
+                if options.wide
+                else choices(name, weight_bytes)
+            )
+            for model in options.model
+            for name, shape in product_shapes(MODELS[model]).items()
+            if name in options.product
+        }
+        work = [(name, tiles) for (_, name), some in tried.items() for tiles in some]
         unique = {(name, tiles._replace(SPLITS=min(tiles.SPLITS, 2))): (name, tiles) for name, tiles in work}
-        compile_all(list(unique.values()), precision == "fp8", options.processes)
+        rows = WIDE_ROWS if options.wide else FEW_ROWS
+        compile_all(list(unique.values()), precision == "fp8", tuple(rows), options.processes)
         print(f"# {precision}: compiled at {time.perf_counter() - begun:.0f} s", flush=True)
-        for model in options.model:
-            for name, shape in product_shapes(MODELS[model]).items():
-                if name not in options.product:
-                    continue
-                tiles, us = best_tiles(name, shape, precision == "fp8")
-                num_bytes = shape[0] * shape[1] * weight_bytes
-                lines.append((*shape, weight_bytes, *tiles))
-                print(
-                    f"    {(*shape, weight_bytes)}: Tiles{tuple(tiles)},  # {model} {name}: {us[0]:.1f} us at 32 rows, "
-                    f"{num_bytes / us[0] * 1e-6:.2f} TB/s; {us[1]:.1f} at 1",
-                    flush=True,
-                )
+        for (model, name), some in tried.items():
+            shape = product_shapes(MODELS[model])[name]
+            tiles, us = best_tiles(name, shape, some, is_fp8=precision == "fp8", rows=rows)
+            lines.append((*shape, weight_bytes, *tiles))
+            line = (tiles.BLOCK_E, tiles.num_warps, tiles.num_stages) if options.wide else f"Tiles{tuple(tiles)}"
+            times = ", ".join(
+                f"{one:.1f} us at {count} ({shape[0] * shape[1] * weight_bytes / one * 1e-6:.2f} TB/s, "
+                f"{2 * count * shape[0] * shape[1] / one * 1e-6:.0f} TFLOP/s)"
+                for count, one in zip(rows, us, strict=True)
+            )
+            print(f"    {(*shape, weight_bytes)}: {line},  # {model} {name}: {times}", flush=True)
     print(json.dumps({"tiles": lines, "hardware": torch.cuda.get_device_name()}))
 
 

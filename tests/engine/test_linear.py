@@ -14,6 +14,7 @@ from tests.engine.products import NUM_ROWS, PLACES, SHAPES, cut, draw, weight_of
 
 triton = pytest.importorskip("triton")
 from orthrus.engine.kernels import linear as kernels  # noqa: E402
+from orthrus.engine.kernels.head import head_argmax  # noqa: E402
 from orthrus.engine.kernels.linear import linear, linear_and_norm, swiglu  # noqa: E402
 from orthrus.engine.kernels.norm import rms_norm  # noqa: E402
 
@@ -166,6 +167,22 @@ def test_bits_of_a_row_depend_on_nothing_but_that_row(
     for company, rows in PLACES.items():
         same = run(x[rows], weight, **of_rows(after, rows))
         assert torch.equal(same, everyone[rows]), f"rows {company} have other bits than among {NUM_ROWS}"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_larger_tiles_for_many_rows_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head's argmax too, whose tiles of the vocabulary follow from theirs."""
+    run, names, scale_name = RUNS[name]
+    num_outputs, width = cut(monkeypatch, "split")
+    x, weight = draw(NUM_ROWS, width), draw(num_outputs, width)
+    after = epilogue(names, NUM_ROWS, num_outputs, torch.float32) | {scale_name: None}
+    expected, largest = run(x, weight, **after), head_argmax(x, weight)
+    few = kernels.tiles_of(weight)
+    monkeypatch.setitem(kernels.WIDE, (num_outputs, width, weight.element_size()), (128, 8, 2))
+    assert kernels.settings(x, weight, few)["BLOCK_E"] == 128 != few.BLOCK_E
+    assert kernels.settings(x[: kernels.MAX_SPREAD_ROWS], weight, few)["BLOCK_E"] == few.BLOCK_E
+    assert torch.equal(run(x, weight, **after), expected)
+    assert torch.equal(head_argmax(x, weight), largest)
 
 
 def test_a_sum_in_other_parts_has_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:

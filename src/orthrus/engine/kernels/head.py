@@ -34,7 +34,7 @@ def head_argmax(x_RD: Tensor, weight_VD: Tensor, *, scale_V: Tensor | None = Non
     tiles = tiles_of(weight_VD)
     rows_RD, rows_scale_R = as_read(x_RD, weight_VD)
     how = settings(rows_RD, weight_VD, tiles)
-    num_tiles = triton.cdiv(vocab_size, tiles.BLOCK_E)
+    num_tiles = triton.cdiv(vocab_size, how["BLOCK_E"])
     values = x_RD.new_empty(num_rows, num_tiles, dtype=torch.float32)
     ids = x_RD.new_empty(num_rows, num_tiles, dtype=torch.int32)
     kernels.tile_largest[triton.cdiv(num_rows, how["BLOCK_R"]), num_tiles](

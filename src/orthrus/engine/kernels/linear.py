@@ -77,6 +77,10 @@ TILES: dict[tuple[int, int, int], Tiles] = {
 Never by the number of rows: a row's bits would depend on its neighbours. And never found anew by the process that uses
 them: two processes would disagree about bits."""
 
+WIDE: dict[tuple[int, int, int], tuple[int, int, int]] = {}
+"""BLOCK_E, num_warps and num_stages of products with more than MAX_SPREAD_ROWS rows, by (E, D, bytes of a weight),
+where measuring (`benchmarks/tiles.py --wide`) found better than those of few rows: nowhere yet. They change no bits."""
+
 MAX_SPREAD_ROWS = 128
 """With more rows than this the parts of a sum are not spread over programs: they would take memory, not save time."""
 
@@ -94,7 +98,12 @@ def default_tiles(num_outputs: int, width: int, weight_bytes: int) -> Tiles:
 def tiles_of(weight_ED: Tensor) -> Tiles:
     """How products with this weight are cut: by its shape and dtype alone."""
     num_outputs, width = weight_ED.shape
-    key = num_outputs, width, weight_ED.element_size()
+    return tiles_of_shape(num_outputs, width, weight_ED.element_size())
+
+
+def tiles_of_shape(num_outputs: int, width: int, weight_bytes: int) -> Tiles:
+    """Those of TILES, or the default."""
+    key = num_outputs, width, weight_bytes
     return TILES.get(key) or default_tiles(*key)
 
 
@@ -159,7 +168,7 @@ def parts(x_RD: Tensor, weight_ED: Tensor, *by_output: Tensor | None) -> Tensor:
         return parts_SRE
     rows_RD, rows_scale_R = as_read(x_RD, weight_ED)
     how = settings(rows_RD, weight_ED, tiles)
-    grid = triton.cdiv(num_rows, how["BLOCK_R"]), triton.cdiv(num_outputs, tiles.BLOCK_E), len(parts_SRE)
+    grid = triton.cdiv(num_rows, how["BLOCK_R"]), triton.cdiv(num_outputs, how["BLOCK_E"]), len(parts_SRE)
     kernels.multiply[grid](
         rows_RD, rows_scale_R, weight_ED, None, None, None, parts_SRE, rows_RD.stride(0), 0, num_rows, num_outputs,
         SPREAD=is_spread, GATED=False, **how | (dict(SPLITS=1) if is_spread else {}),  # a program knows one part
@@ -188,7 +197,7 @@ def _multiply(
     if tiles.SPLITS == 1 or num_rows > MAX_SPREAD_ROWS:
         rows_RD, rows_scale_R = as_read(x_RD, weight_ED)
         how = settings(rows_RD, weight_ED, tiles)
-        tile_outputs = tiles.BLOCK_E // 2 if is_gated else tiles.BLOCK_E
+        tile_outputs = how["BLOCK_E"] // 2 if is_gated else how["BLOCK_E"]
         kernels.multiply[triton.cdiv(num_rows, how["BLOCK_R"]), triton.cdiv(num_outputs, tile_outputs)](
             rows_RD, rows_scale_R, weight_ED, scale, bias, residual, out, rows_RD.stride(0), residual_stride, num_rows,
             num_outputs,
@@ -212,6 +221,9 @@ def as_read(x_RD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor | None]:
 def settings(x_RD: Tensor, weight_ED: Tensor, tiles: Tiles) -> dict[str, Any]:
     """What a kernel over these operands is compiled for, and how it runs."""
     width = x_RD.shape[1]
+    wide = WIDE.get((len(weight_ED), width, weight_ED.element_size()))
+    if wide is not None and len(x_RD) > MAX_SPREAD_ROWS:
+        tiles = tiles._replace(BLOCK_E=wide[0], num_warps=wide[1], num_stages=wide[2])
     block_r = min(128, max(16, triton.next_power_of_2(len(x_RD))))
     per_split = triton.cdiv(triton.cdiv(width, tiles.BLOCK_K), tiles.SPLITS) * tiles.BLOCK_K
     stage_bytes = tiles.BLOCK_K * (tiles.BLOCK_E * weight_ED.element_size() + block_r * x_RD.element_size())
