@@ -70,7 +70,7 @@ class Inputs:
         numbers = self._padded(anchors, lengths, widths)
         is_same = numbers == self._known
         if not is_same:
-            self._numbers_3B.copy_(torch.tensor(numbers, dtype=torch.int32))
+            self._send(self._numbers_3B, numbers)
             self._known = numbers
         padding = [()] * (self.shape.num_rows - len(pages))
         for b, own in enumerate([*pages, *padding]):
@@ -78,9 +78,14 @@ class Inputs:
                 assert len(own) <= self.shape.num_pages, f"{len(own)} pages do not fit {self.shape}"
                 is_same = is_same and list(own[: len(self._pages[b])]) == list(self._pages[b])
                 table = [*own, *[self.spare_page] * (self.shape.num_pages - len(own))]
-                self.tables_BM[b].copy_(torch.tensor(table, dtype=torch.int32))
+                self._send(self.tables_BM[b], table)
                 self._pages[b] = own
         return is_same
+
+    @staticmethod
+    def _send(to: Tensor, numbers: list) -> None:
+        """Copy from pinned memory: from any other the host would wait until the device has done what it was given."""
+        to.copy_(torch.tensor(numbers, dtype=torch.int32, pin_memory=to.is_cuda), non_blocking=True)
 
     def begin_read(self) -> Callable[[], list[list[int]]]:
         """Have `result_BX` copied to the host as it is at this point of the device's work; waits when called."""
