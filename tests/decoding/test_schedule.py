@@ -7,31 +7,20 @@ import random
 import pytest
 import torch
 
+from orthrus.decoding.costs import SHAPES, CostTable, PlaceCosts, Shape, ascending, distance, place_of
 from orthrus.decoding.decoder import Decoder
 from orthrus.decoding.portable import PortableBackend
 from orthrus.decoding.schedule import (
     FIRST_CREDIT,
-    MEMORY,
-    PRIOR_RATE,
-    SHAPES,
     STOP_MARGIN,
-    STRENGTHS,
     TRIAL_SHARE,
     Candidate,
-    CostTable,
     Experience,
-    PlaceCosts,
-    PriorStrength,
     Schedule,
-    Shape,
-    Survival,
-    ascending,
     auto_block_size,
-    distance,
     experience_of,
-    offered_widths,
-    place_of,
 )
+from orthrus.decoding.survival import MEMORY, PRIOR_RATE, STRENGTHS, PriorStrength, Survival, offered_widths
 from tests.decoding.subjects import BLOCK, RiggedBackend, decode_all, random_prompt, request, stock_text, subject
 from tests.decoding.test_exact import bf16_subject
 from tests.decoding.worlds import MACHINES, TEXTS, Load, Machine, judge, run, steady, switching

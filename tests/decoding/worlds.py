@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from orthrus.decoding.schedule import Candidate, Experience, Schedule, Survival
+from orthrus.decoding.schedule import Candidate, Experience, Schedule
+from orthrus.decoding.survival import Survival
 
 BLOCK = 32
 FIXED = (0, 3, 7, 15, 31)

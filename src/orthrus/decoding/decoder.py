@@ -15,9 +15,10 @@ from transformers import MinNewTokensLengthLogitsProcessor
 
 from orthrus.decoding.row import Backend, Cycle, Outcome, Processor, Row
 from orthrus.decoding.sampling import Sampling
-from orthrus.decoding.schedule import Candidate, Schedule, Survival, auto_block_size
+from orthrus.decoding.schedule import Candidate, Schedule, auto_block_size
 from orthrus.decoding.stats import DecodingStats
 from orthrus.decoding.stopping import Criteria, FinishReason, StopCheck, Stopping
+from orthrus.decoding.survival import Survival
 
 
 @dataclass(frozen=True, kw_only=True)
