@@ -412,11 +412,35 @@ def test_what_was_drafted_ahead_outlives_the_prefill_and_the_end_of_others(monke
     assert text == stock_text(prompt, 80)
 
 
-def row_of(prompt: list[int]) -> Row:
-    """A greedy row that drafts a whole block."""
+def test_what_was_drafted_ahead_is_not_taken_for_a_row_in_another_place():
+    """Two rows that have the same anchor, length and width by chance, asked for in another order."""
+    for seed in range(400):
+        backend = engine(looks_ahead=True)
+        rows = [row_of(random_prompt(12, 2 * seed + i), index=i, width=1) for i in range(2)]
+        for row in rows:
+            row.tokens += backend.prefill(row).outcomes[0].tokens
+        for _ in range(2):
+            for row, outcome in zip(rows, backend.cycle(rows).outcomes, strict=True):
+                row.tokens += outcome.tokens
+        same = [(row.tokens[-1], row.num_cached) for row in rows]
+        if same[0] == same[1] and backend._ahead is not None:
+            drafts = [outcome.drafts for outcome in backend.cycle(rows[::-1]).outcomes]
+            alone = engine(looks_ahead=False)
+            for row, found in zip(rows[::-1], drafts, strict=True):
+                again = row_of(row.tokens[:-1], index=row.index, width=1)
+                alone.prefill(again)
+                again.tokens = list(row.tokens)
+                assert alone.cycle([again]).outcomes[0].drafts == found
+            if drafts[0] != drafts[1]:
+                return
+    pytest.fail("no two rows met whose drafts differ: the test shows nothing")
+
+
+def row_of(prompt: list[int], *, index: int = 0, width: int = BLOCK - 1) -> Row:
+    """A greedy row that drafts a whole block unless told."""
     return Row(
-        index=0, tokens=list(prompt), num_prompt=len(prompt), max_tokens=120, block_size=BLOCK, sampling=Sampling(),
-        seed=0, width=BLOCK - 1,
+        index=index, tokens=list(prompt), num_prompt=len(prompt), max_tokens=120, block_size=BLOCK, sampling=Sampling(),
+        seed=0, width=width,
     )  # fmt: skip
 
 

@@ -206,7 +206,7 @@ class EngineBackend:
     def _batch(self, rows: Sequence[Row]) -> tuple[Inputs, bool]:
         """The buffers of this batch's shape, with the batch in them and pages for all that it may commit.
 
-        And whether they had this batch in them already, as the last cycle left it.
+        And whether they had these anchors, lengths and widths in them already, as the last cycle left them.
         """
         num_columns = bucket(max(row.width for row in rows) + 1, largest=self.max_block_size)
         for row in rows:
@@ -312,7 +312,8 @@ class _Ahead(NamedTuple):
     watch: Stopwatch
 
     def is_of(self, inputs: Inputs, rows: Sequence[Row]) -> bool:
-        """Whether it was drafted in these buffers for these rows."""
+        """Whether it was drafted in these buffers for these rows. Where a row's pages change without `_forget_ahead`,
+        they are copies, or lie behind what it read."""
         return self.inputs is inputs and self.rows == [row.index for row in rows]
 
 

@@ -65,7 +65,7 @@ class Inputs:
     def write(
         self, anchors: Sequence[int], lengths: Sequence[int], widths: Sequence[int], pages: Sequence[Sequence[int]]
     ) -> bool:
-        """Put a batch in; what is there already is not sent again. Whether nothing changed but pages behind a row's."""
+        """Put a batch in; what is there already is not sent again. Whether anchors, lengths and widths were there."""
         assert len(anchors) <= self.shape.num_rows, f"{len(anchors)} rows do not fit {self.shape}"
         numbers = self._padded(anchors, lengths, widths)
         is_same = numbers == self._known
@@ -76,7 +76,6 @@ class Inputs:
         for b, own in enumerate([*pages, *padding]):
             if own != self._pages[b]:
                 assert len(own) <= self.shape.num_pages, f"{len(own)} pages do not fit {self.shape}"
-                is_same = is_same and list(own[: len(self._pages[b])]) == list(self._pages[b])
                 table = [*own, *[self.spare_page] * (self.shape.num_pages - len(own))]
                 self._send(self.tables_BM[b], table)
                 self._pages[b] = own
