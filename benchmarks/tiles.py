@@ -2,11 +2,12 @@
 
     python benchmarks/tiles.py --model 8b                  # bf16 weights
     python benchmarks/tiles.py --model 8b --precision fp8  # the copies that drafts read
-    python benchmarks/tiles.py --model 8b --wide           # lines for `linear.WIDE`: more than 128 rows
+    python benchmarks/tiles.py --model 8b --many           # lines for `linear.MANY`: more than 32 rows
 
 A choice is timed by what a pass runs (parts of qkv; o and down with residual and norm; gate_up with SwiGLU; the head's
 argmax), called for one weight after another, none of them in L2, in one graph. Its time is 2 x that of 32 rows + that
-of one row: a cycle and an AR step; with --wide, what a row takes at 256, 512 and 2,048. Compiling is spread over
+of one row: a cycle and an AR step. With --many, what is found for one row is cut as it is and runs otherwise: for up to
+64 rows, up to 128, and more, for which what a row takes at 256, 512 and 2,048 counts. Compiling is spread over
 processes, which share Triton's cache.
 """
 
@@ -31,8 +32,8 @@ from orthrus.engine.quantise import quantise_weight
 REPLAYS = 8
 FEW_ROWS = {32: 2.0, 1: 1.0}
 """Rows that a choice is timed at, and the weight of each: a cycle and an AR step."""
-WIDE_ROWS = {256: 1 / 256, 512: 1 / 512, 2048: 1 / 2048}
-"""The same for --wide: what a row takes."""
+MANY_ROWS = {64: {64: 1.0}, 128: {128: 1.0}, 512: {256: 1 / 256, 512: 1 / 512, 2048: 1 / 2048}}
+"""The same for --many, by those of `linear.MANY_ROWS`."""
 SPLITS = {"head": (1,), "gate_up": (1, 2), "down": (2, 3, 4, 6, 8), "qkv": (1, 2, 3, 4), "o": (1, 2, 3, 4, 6)}
 
 
@@ -46,10 +47,12 @@ def choices(name: str, weight_bytes: int) -> Iterator[Tiles]:
             yield Tiles(block_e, block_k, splits, warps, stages)
 
 
-def wide_choices(tiles: Tiles, weight_bytes: int) -> Iterator[Tiles]:
-    """The same cut of a sum in larger tiles, for many rows."""
-    for block_e, warps, stages in itertools.product((64, 128, 256), (4, 8), (2, 3, 4)):
-        if stages * tiles.BLOCK_K * (block_e + 128) * weight_bytes <= SHARED_BYTES:
+def many_choices(tiles: Tiles, weight_bytes: int, most: int) -> Iterator[Tiles]:
+    """The same cut of a sum, run otherwise, for up to so many rows."""
+    yield tiles
+    for (block_e, warps), stages in itertools.product(((64, 4), (128, 4), (128, 8), (256, 8)), (2, 3, 4, 6)):
+        stage_bytes = tiles.BLOCK_K * (block_e + min(most, 128)) * weight_bytes
+        if stages * stage_bytes <= SHARED_BYTES and (stages > 2 or 3 * stage_bytes > SHARED_BYTES):
             yield tiles._replace(BLOCK_E=block_e, num_warps=warps, num_stages=stages)
 
 
@@ -120,46 +123,51 @@ def best_tiles(
     return tiles, us
 
 
+def line(model: str, name: str, key: tuple[int, int, int], found: str, rows: dict[int, float], us: list[float]) -> str:
+    """What stands in the table of `linear.py`, and why."""
+    num_outputs, width, weight_bytes = key
+    times = ", ".join(
+        f"{one:.1f} us at {count} ({num_outputs * width * weight_bytes / one * 1e-6:.2f} TB/s, "
+        f"{2 * count * num_outputs * width / one * 1e-6:.0f} TFLOP/s)"
+        for count, one in zip(rows, us, strict=True)
+    )
+    return f"    {key}: {found},  # {model} {name}: {times}"
+
+
 def main() -> None:
-    """Print a line of `linear.TILES` for each product, and all as JSON last."""
+    """Print a line of `linear.TILES` or `linear.MANY` for each product, and all as JSON last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, nargs="+", required=True)
     parser.add_argument("--product", choices=SPLITS, nargs="+", default=list(SPLITS))
     parser.add_argument("--precision", choices=("bf16", "fp8"), nargs="+", default=["bf16"])
-    parser.add_argument("--wide", action="store_true", help="lines of linear.WIDE: more than 128 rows")
+    parser.add_argument("--many", action="store_true", help="lines of linear.MANY: more than 32 rows")
     parser.add_argument("--processes", type=int, default=15)
     options = parser.parse_args()
     begun = time.perf_counter()
-    linear.WIDE.clear()  # it would stand in for what is tried
+    linear.MANY.clear()  # it would stand in for what is tried
     lines = []
-    for precision in options.precision:
+    for precision, most in itertools.product(options.precision, MANY_ROWS if options.many else (None,)):
         weight_bytes = 1 if precision == "fp8" else 2
-        tried = {
-            (model, name): list(
-                wide_choices(tiles_of_shape(*shape, weight_bytes), weight_bytes)
-                if options.wide
-                else choices(name, weight_bytes)
+        rows = FEW_ROWS if most is None else MANY_ROWS[most]
+        tried = {}
+        for model, name in itertools.product(options.model, options.product):
+            key = (*product_shapes(MODELS[model])[name], weight_bytes)
+            some = (
+                choices(name, weight_bytes) if most is None else many_choices(tiles_of_shape(*key), weight_bytes, most)
             )
-            for model in options.model
-            for name, shape in product_shapes(MODELS[model]).items()
-            if name in options.product
-        }
-        work = [(name, tiles) for (_, name), some in tried.items() for tiles in some]
-        unique = {(name, tiles._replace(SPLITS=min(tiles.SPLITS, 2))): (name, tiles) for name, tiles in work}
-        rows = WIDE_ROWS if options.wide else FEW_ROWS
-        compile_all(list(unique.values()), precision == "fp8", tuple(rows), options.processes)
-        print(f"# {precision}: compiled at {time.perf_counter() - begun:.0f} s", flush=True)
+            tried[model, name] = list(dict.fromkeys(some))
+        work = dict.fromkeys((name, tiles) for (_, name), some in tried.items() for tiles in some)
+        compile_all(list(work), precision == "fp8", tuple(rows)[:1], options.processes)
+        print(f"# {precision}, {most or 'few'} rows: compiled at {time.perf_counter() - begun:.0f} s", flush=True)
         for (model, name), some in tried.items():
             shape = product_shapes(MODELS[model])[name]
             tiles, us = best_tiles(name, shape, some, is_fp8=precision == "fp8", rows=rows)
-            lines.append((*shape, weight_bytes, *tiles))
-            line = (tiles.BLOCK_E, tiles.num_warps, tiles.num_stages) if options.wide else f"Tiles{tuple(tiles)}"
-            times = ", ".join(
-                f"{one:.1f} us at {count} ({shape[0] * shape[1] * weight_bytes / one * 1e-6:.2f} TB/s, "
-                f"{2 * count * shape[0] * shape[1] / one * 1e-6:.0f} TFLOP/s)"
-                for count, one in zip(rows, us, strict=True)
-            )
-            print(f"    {(*shape, weight_bytes)}: {line},  # {model} {name}: {times}", flush=True)
+            found = f"Tiles{tuple(tiles)}"
+            if most is not None:
+                execution = tiles.BLOCK_E, tiles.num_warps, tiles.num_stages
+                found = f"{most}: Execution{execution}"
+            lines.append((*shape, weight_bytes, most, *tiles))
+            print(line(model, name, (*shape, weight_bytes), found, rows, us), flush=True)
     print(json.dumps({"tiles": lines, "hardware": torch.cuda.get_device_name()}))
 
 

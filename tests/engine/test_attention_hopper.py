@@ -88,7 +88,7 @@ options, tile = split(MERGE)
 check_wait(ptx(attention_kernels.merge, options, HAS_OWN=True, **HEADS | tile), num_ahead=2)
 options, tile = split(TILE)
 place = dict(SPLITS=2, HOPPER=True, SCALE=None, BIAS=None, NUM_HEADS=32, NUM_GROUPS=8, H=128, BLOCK_H=128, S=64, **tile)
-check_wait(ptx(place_kernels.place, options, HAS_NORMS=True, HAS_OWN=False, **place), num_ahead=4)
+check_wait(ptx(place_kernels.place, options, HAS_NORMS=True, HAS_OWN=False, **place), num_ahead=8)
 place |= dict(HAS_NORMS=False, HAS_OWN=True, QUERY_NORM=None, KEY_NORM=None)
 check_wait(ptx(place_kernels.place, options, **place), num_ahead=3)
 """

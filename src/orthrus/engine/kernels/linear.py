@@ -2,11 +2,11 @@
 
 At 1 to 128 rows such a product takes the time of reading the weight, which the kernels (`linear_kernels.py`) do once.
 A sum over D is cut into SPLITS parts, so that there is work for all multiprocessors; parts are fp32, scaled where rows
-are quantised, and added in order, and what follows (outputs' scale, bias, residual, SwiGLU) is done on the sum. Tiles
-and parts follow from E, D and the weight's dtype. The number of rows decides how many of them a tile holds, which
-changes no row's sum, and that beyond MAX_SPREAD_ROWS, where rows are work enough, one program makes all parts of its
-tile and adds them in the same order. Nothing is fused into multiply-adds: a compiler may do so in one of the kernels
-and not in the other.
+are quantised, and added in order, and what follows (outputs' scale, bias, residual, SwiGLU) is done on the sum. Parts
+follow from E, D and the weight's dtype. The number of rows decides how large a tile is and how its programs run (MANY),
+which changes no row's sum, and that beyond MAX_SPREAD_ROWS, where rows are work enough, one program makes all parts of
+its tile and adds them in the same order. Nothing is fused into multiply-adds: a compiler may do so in one of the
+kernels and not in the other.
 
     R = rows of a pass, D = inputs, E = outputs, F = width of the MLP
 """
@@ -77,9 +77,24 @@ TILES: dict[tuple[int, int, int], Tiles] = {
 Never by the number of rows: a row's bits would depend on its neighbours. And never found anew by the process that uses
 them: two processes would disagree about bits."""
 
-WIDE: dict[tuple[int, int, int], tuple[int, int, int]] = {}
-"""BLOCK_E, num_warps and num_stages of products with more than MAX_SPREAD_ROWS rows, by (E, D, bytes of a weight),
-where measuring (`benchmarks/tiles.py --wide`) found better than those of few rows: nowhere yet. They change no bits."""
+
+class Execution(NamedTuple):
+    """How the programs of a product with more rows run: as in `Tiles`, and of no effect on bits."""
+
+    BLOCK_E: int
+    num_warps: int
+    num_stages: int
+
+
+MANY: dict[tuple[int, int, int], dict[int, Execution]] = {}
+"""By (E, D, bytes of a weight) and one of MANY_ROWS, where measuring (`benchmarks/tiles.py --many`) found better than
+what few rows run with."""
+
+MANY_ROWS = (64, 128, 512)
+"""Up to so many rows run as that many were measured to; more as the last."""
+
+FEW_ROWS = 32
+"""Rows that TILES were measured for."""
 
 MAX_SPREAD_ROWS = 128
 """With more rows than this the parts of a sum are not spread over programs: they would take memory, not save time."""
@@ -105,6 +120,15 @@ def tiles_of_shape(num_outputs: int, width: int, weight_bytes: int) -> Tiles:
     """Those of TILES, or the default."""
     key = num_outputs, width, weight_bytes
     return TILES.get(key) or default_tiles(*key)
+
+
+def execution_of(weight_ED: Tensor, num_rows: int) -> Execution | None:
+    """That of MANY, if there is one for as many rows."""
+    num_outputs, width = weight_ED.shape
+    by_rows = MANY.get((num_outputs, width, weight_ED.element_size()))
+    if by_rows is None or num_rows <= FEW_ROWS:
+        return None
+    return by_rows.get(next((rows for rows in MANY_ROWS if num_rows <= rows), MANY_ROWS[-1]))
 
 
 def linear(
@@ -221,9 +245,8 @@ def as_read(x_RD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor | None]:
 def settings(x_RD: Tensor, weight_ED: Tensor, tiles: Tiles) -> dict[str, Any]:
     """What a kernel over these operands is compiled for, and how it runs."""
     width = x_RD.shape[1]
-    wide = WIDE.get((len(weight_ED), width, weight_ED.element_size()))
-    if wide is not None and len(x_RD) > MAX_SPREAD_ROWS:
-        tiles = tiles._replace(BLOCK_E=wide[0], num_warps=wide[1], num_stages=wide[2])
+    if (execution := execution_of(weight_ED, len(x_RD))) is not None:
+        tiles = tiles._replace(**execution._asdict())
     block_r = min(128, max(16, triton.next_power_of_2(len(x_RD))))
     per_split = triton.cdiv(triton.cdiv(width, tiles.BLOCK_K), tiles.SPLITS) * tiles.BLOCK_K
     stage_bytes = tiles.BLOCK_K * (tiles.BLOCK_E * weight_ED.element_size() + block_r * x_RD.element_size())

@@ -13,11 +13,16 @@ from orthrus.engine.kernels.overlap import let_next, wait
 
 
 @triton.jit
-def _norm(x, is_query, QUERY_NORM, KEY_NORM, dims, is_dim, scale_T, dtype):
-    """x * scale * weight, rounded to the dtype; in fp32. [T, H]."""
+def _weights(is_query, QUERY_NORM, KEY_NORM, dims, is_dim):
+    """The norm's weight of each head. [T, H]."""
     query = tl.load(QUERY_NORM + dims, mask=is_dim, other=0.0).to(tl.float32)
     key = tl.load(KEY_NORM + dims, mask=is_dim, other=0.0).to(tl.float32)
-    weight = tl.where(is_query[:, None], query[None, :], key[None, :])
+    return tl.where(is_query[:, None], query[None, :], key[None, :])
+
+
+@triton.jit
+def _norm(x, weight, scale_T, dtype):
+    """x * scale * weight, rounded to the dtype; in fp32. [T, H]."""
     return (x * scale_T[:, None] * weight).to(dtype).to(tl.float32)
 
 
@@ -59,18 +64,21 @@ def place(
     angles = position.to(tl.int64) * H + dims
     cos = tl.load(COS + angles, mask=is_dim, other=0.0).to(tl.float32)
     sin = tl.load(SIN + angles, mask=is_dim, other=0.0).to(tl.float32)
+    # Each dimension turns together with the one half a head away.
+    partners = tl.where(dims < H // 2, dims + H // 2, dims - H // 2)
+    if HAS_NORMS:
+        weights = _weights(is_query, QUERY_NORM, KEY_NORM, dims, is_dim)
+        partner_weights = _weights(is_query, QUERY_NORM, KEY_NORM, partners, is_dim)
     wait(HOPPER)
     raw = _read(QKV, SCALE, BIAS, base + own_heads + dims[None, :], own_heads + dims[None, :], part_stride, mask,
                 SPLITS, dtype)  # fmt: skip
-    # Each dimension turns together with the one half a head away.
-    partners = tl.where(dims < H // 2, dims + H // 2, dims - H // 2)
     x = raw
     partner = _read(QKV, SCALE, BIAS, base + own_heads + partners[None, :], own_heads + partners[None, :], part_stride,
                     mask, SPLITS, dtype)  # fmt: skip
     if HAS_NORMS:
         scale_T = tl.rsqrt(tl.sum(x * x, 1) / H + eps)
-        x = _norm(x, is_query, QUERY_NORM, KEY_NORM, dims, is_dim, scale_T, dtype)
-        partner = _norm(partner, is_query, QUERY_NORM, KEY_NORM, partners, is_dim, scale_T, dtype)
+        x = _norm(x, weights, scale_T, dtype)
+        partner = _norm(partner, partner_weights, scale_T, dtype)
     turned = tl.where(dims < H // 2, -1.0, 1.0)[None, :] * partner
     turned = (turned * sin[None, :]).to(dtype).to(tl.float32)
     x = ((x * cos[None, :]).to(dtype).to(tl.float32) + turned).to(dtype)
