@@ -37,13 +37,14 @@ from torch.nn import functional as F
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
-from benchmarks import gemv, tiles
 from benchmarks.cycle import fill, pass_bytes, random_model, rows_of, run_cycles
 from benchmarks.gemv import Spread
 from benchmarks.gpu import COLD_BYTES, MODELS, microseconds, on_device, product_shapes, stream_tbps
 
+from benchmarks import gemv, tiles
 from orthrus.engine import reference
 from orthrus.engine.engine import MIN_TABLE_PAGES, EngineBackend, bucket
+from orthrus.engine.graphs import Graphs
 from orthrus.engine.kernels import linear, place
 from orthrus.engine.kernels.linear import SHARED_BYTES, Tiles
 from orthrus.engine.operations import Ops, choose_ops
@@ -62,8 +63,8 @@ that. A wrong operation makes hidden states that have nothing to do with the eng
 """
 KINDS = {"qkv": "sum", "o": "sum", "gate_up": "swiglu", "down": "sum", "head": "largest"}
 """What `gemv.multiply` calls each product."""
-SPLITS = {"head": (1,), "gate_up": (1,), "down": (2, 3, 4, 6, 8), "qkv": (1, 2, 3, 4, 6), "o": (1, 2, 3, 4, 6)}
-"""Parts of a sum that the sweep of tiles tries: as `tiles.py` does."""
+SPLITS = {"head": (1,), "gate_up": (1,), "down": (2, 3, 4, 6), "qkv": (2, 3, 4), "o": (2, 3, 4)}
+"""Parts of a sum that the sweep of tiles tries: around those that `tiles.py` finds."""
 
 
 class Product(NamedTuple):
@@ -97,21 +98,24 @@ def choices(product: Product) -> list[Choice]:
     """What the sweep tries."""
     if product.way == "gemv":
         return list(gemv.spreads(KINDS[product.name], product.shape[1]))
-    return [
+    tried = [
         Tiles(block_e, block_k, splits, warps, stages)
         for block_e in (64, 128)
-        for block_k in (64, 128)
+        for block_k in ((64, 128) if SPLITS[product.name] == (1,) else (128,))
         for splits in SPLITS[product.name]
-        for warps, stages in ((4, 4), (4, 6), (8, 6))
+        for warps, stages in ((4, 3), (4, 4), (4, 6), (8, 4))
         if stages * block_k * (block_e + 16) * 2 <= SHARED_BYTES
     ]
+    return [*dict.fromkeys([linear.tiles_of_shape(*product.shape, 2), *tried])]
 
 
 def compiled_as(product: Product, choice: Choice) -> tuple[Any, ...]:
-    """What a choice's kernels depend on: choices that share it compile but once."""
+    """What a choice's kernels depend on: choices that share it need compiling but once."""
     if isinstance(choice, Spread):
         return (*product, *choice._replace(per_processor=min(choice.per_processor, 1)))
-    return (*product, *choice)
+    if product.name in ("o", "down"):  # the norm behind them knows outputs and parts
+        return (product.way, "norm", product.shape[0], *choice)
+    return (product.way, product.name, *choice._replace(SPLITS=min(choice.SPLITS, 2)))
 
 
 def call(product: Product, choice: Choice, x: Tensor, weight: Tensor, residual: Tensor, norm: Tensor) -> Any:
@@ -133,26 +137,26 @@ def operands(product: Product, device: torch.device) -> tuple[Tensor, Tensor, Te
     return x, weight, residual, residual[0].clone()
 
 
-def compile_some(work: list[tuple[Product, Choice]]) -> None:
+def compile_some(work: list[tuple[Product, Choice]], device: torch.device) -> None:
     """Compile the kernels of these choices."""
     for product in dict.fromkeys(product for product, _ in work):
-        given = operands(product, torch.device("cuda"))
+        given = operands(product, device)
         for choice in (choice for one, choice in work if one == product):
             try:
                 call(product, choice, *given)
             except Exception as error:  # noqa: BLE001 - one that does not fit is not chosen
                 print(f"# {product.way} {product.name} {tuple(choice)}: {type(error).__name__}", flush=True)
-    torch.cuda.synchronize()
+    on_device(device)
 
 
-def compile_all(work: list[tuple[Product, Choice]], num_processes: int) -> None:
+def compile_all(work: list[tuple[Product, Choice]], device: torch.device, num_processes: int) -> None:
     """Compile in parallel; Triton's cache on disk is shared."""
     unique = list({compiled_as(product, choice): (product, choice) for product, choice in work}.values())
     unique.sort(key=lambda one: one[0].shape)  # a process meets few shapes
     size = math.ceil(len(unique) / num_processes)
     context = multiprocessing.get_context("spawn")
     shares = [unique[at : at + size] for at in range(0, len(unique), size)]
-    workers = [context.Process(target=compile_some, args=(share,)) for share in shares]
+    workers = [context.Process(target=compile_some, args=(share, device)) for share in shares]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -195,12 +199,14 @@ def sweep(models: Sequence[str], ways: Sequence[str], device: torch.device, num_
     found: Found = {}
     with restored_tiles():
         if device.type == "cuda":
-            compile_all([(product, one) for product, some in tried.items() for one in some], num_processes)
+            compile_all([(product, one) for product, some in tried.items() for one in some], device, num_processes)
             print(f"# compiled at {time.perf_counter() - begun:.0f} s", flush=True)
         for product, some in tried.items():
             found[product], us = fastest(product, some if device.type == "cuda" else some[-1:], device)
             tbps = product.shape[0] * product.shape[1] * 2 / us * 1e-6
-            print(f"# {product.way} {product.name} {product.shape}: {tuple(found[product])} {us:.1f} us, {tbps:.2f} TB/s")
+            print(
+                f"# {product.way} {product.name} {product.shape}: {tuple(found[product])} {us:.1f} us, {tbps:.2f} TB/s"
+            )
     print(f"# swept at {time.perf_counter() - begun:.0f} s", flush=True)
     return found
 
@@ -244,7 +250,7 @@ def ops_of(way: str, found: Found, device: torch.device) -> Ops:
                   if product.way == "gemv"}  # fmt: skip
 
         def spread_of(weight_ED: Tensor, kind: str) -> Any:
-            return chosen[(*weight_ED.shape, kind)]
+            return chosen[len(weight_ED), weight_ED.shape[1], kind]
 
         return gemv.one_row_ops(spread_of)
     return choose_ops(device)
@@ -299,12 +305,12 @@ def look(backend: EngineBackend, context: int, vocab: int) -> tuple[Tensor, int]
 def graph_ms(backend: EngineBackend, context: int, num_steps: int, vocab: int) -> float:
     """Median time of a replay of `verify`; NaN without a GPU, where it runs once."""
     inputs = one_row(backend, context, num_steps + 3, vocab)
-    step: Callable[[], None] = partial(backend.graphs.run, backend.passes.verify, inputs)
-    step()
+    graphs = Graphs.on(backend.device)  # the backend's own know this shape by other buffers
+    step: Callable[[], None] = partial(graphs.run, backend.passes.verify, inputs)
+    for _ in range(3 if backend.device.type == "cuda" else 1):  # as it is, captured, replayed
+        step()
     if backend.device.type != "cuda":
         return math.nan
-    for _ in range(2):  # captured, replayed
-        step()
     times = []
     for _ in range(num_steps):
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -345,9 +351,7 @@ def measure_model(
     rows = rows_of(1, options.context, BLOCK_SIZE, 0, MODELS[shape].vocab)
     expected, steps = None, []
     for way in ("engine", *(way for way in options.way if way != "engine")):
-        step, seen = measure_way(
-            model, shape, way, found, expected, context=options.context, num_steps=options.steps
-        )
+        step, seen = measure_way(model, shape, way, found, expected, context=options.context, num_steps=options.steps)
         expected = expected or seen
         steps.append(step)
     backend = make_backend(model, choose_ops(device), 1, 1)

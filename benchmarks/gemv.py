@@ -1,7 +1,7 @@
 """A plain decoding step for ONE row, as fast as we can make it where a row's bits may depend on the number of rows.
 
 What `exactness.py` holds the engine against. Nothing here keeps the engine's rules: sums are cut for one row, products
-are multiply-adds of fp32 without tensor cores, norms are not rounded before they are multiplied. A layer is six kernels:
+are multiply-adds in fp32 without tensor cores, norms are not rounded before they are multiplied. Six kernels a layer:
 
     qkv      input norm and product
     read     q/k norm, RoPE, page write, and attention to a tile of slots
@@ -20,9 +20,6 @@ How a product is spread (`Spread`) is chosen by timing, for each shape on its ow
     S = slots of a page, V = vocabulary, T = tiles of slots
 """
 
-# pyrefly: ignore-errors
-# Triton's language has Python's grammar and types of its own.
-
 import itertools
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -33,13 +30,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from benchmarks import gemv_kernels
 from orthrus.engine.kernels import head_kernels, place
 from orthrus.engine.kernels.attention import LOG2E
 from orthrus.engine.kernels.attention import attend as attend_any
-from orthrus.engine.kernels.attention_kernels import NOTHING
-from orthrus.engine.kernels.overlap import let_next, overlap, wait
+from orthrus.engine.kernels.overlap import overlap
 from orthrus.engine.operations import Ops, kernel_ops
 from orthrus.engine.reference import HeadNorms, Pages, Rotary
+
+kernels: Any = gemv_kernels
+row_largest: Any = head_kernels.row_largest
 
 THREAD_INPUTS = 8
 """Neighbouring inputs of a thread: loads of 16 bytes in bf16."""
@@ -88,215 +88,14 @@ class Unplaced(NamedTuple):
     num_heads: int
 
 
-@triton.jit
-def _weights(W, block, chunk, num_blocks, num_gates, MANY: tl.constexpr, GATED: tl.constexpr, WIDTH: tl.constexpr,
-             BLOCK_E: tl.constexpr, REPEATS: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """A chunk of the weights of a block's outputs; nothing is read behind the last block. [E, REPEATS, K].
-
-    GATED: half of the block are gates, half their ups.
-    """
-    lane = tl.arange(0, BLOCK_E)
-    if GATED:
-        HALF: tl.constexpr = BLOCK_E // 2
-        outputs = block * HALF + lane % HALF + lane // HALF * num_gates
-    else:
-        outputs = block * BLOCK_E + lane
-    is_there = (block * BLOCK_E + lane < num_blocks * BLOCK_E)[:, None, None]
-    k = _inputs_of(chunk, REPEATS, BLOCK_K)[None]
-    at = W + outputs.to(tl.int64)[:, None, None] * WIDTH + k
-    WHOLE: tl.constexpr = WIDTH % (REPEATS * BLOCK_K) == 0
-    if WHOLE:
-        if MANY:
-            return tl.load(at, mask=is_there, other=0.0, eviction_policy="evict_first")
-        else:
-            return tl.load(at, eviction_policy="evict_first")
-    else:
-        return tl.load(at, mask=(k < WIDTH) & is_there, other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _inputs_of(chunk, REPEATS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Which inputs a chunk has: thread by thread 8 neighbours, REPEATS times. [REPEATS, K]."""
-    return (chunk * REPEATS + tl.arange(0, REPEATS)[:, None]) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-
-
-@triton.jit
-def _inputs(X, chunk, WIDTH: tl.constexpr, REPEATS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A chunk of a row, or of a norm's weight, in fp32. [1, REPEATS, K]."""
-    k = _inputs_of(chunk, REPEATS, BLOCK_K)[None]
-    WHOLE: tl.constexpr = WIDTH % (REPEATS * BLOCK_K) == 0
-    if WHOLE:
-        return tl.load(X + k).to(tl.float32)
-    else:
-        return tl.load(X + k, mask=k < WIDTH, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def multiply_one(
-    X, NORM, W, RESIDUAL, OUT, IDS, num_outputs, num_blocks, eps,
-    KIND: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_E: tl.constexpr, REPEATS: tl.constexpr,
-    BLOCK_K: tl.constexpr, MANY: tl.constexpr, HOPPER: tl.constexpr,
-):  # fmt: skip
-    """norm(x) . weight' of one row, of which a program makes every num_programs-th block of outputs.
-
-    KIND "sum": + residual, to OUT [E]. "swiglu": silu(gates) * ups, to OUT [F]. "largest": the largest of the program's
-    outputs and who it is, to OUT and IDS [programs]. MANY: programs have more than one block, and read the next one's
-    weights while they add up. NORM, RESIDUAL: may be None.
-    """
-    let_next(HOPPER)
-    GATED: tl.constexpr = KIND == "swiglu"
-    w = _weights(W, tl.program_id(0), 0, num_blocks, num_outputs, MANY, GATED, WIDTH, BLOCK_E, REPEATS, BLOCK_K)
-    if NORM is not None and CHUNKS == 1:
-        norm = _inputs(NORM, 0, WIDTH, REPEATS, BLOCK_K)
-    wait(HOPPER)
-    factor = 1.0
-    if CHUNKS == 1:
-        x = _inputs(X, 0, WIDTH, REPEATS, BLOCK_K)
-        if NORM is not None:
-            factor = tl.rsqrt(tl.sum(tl.reshape(x * x, [REPEATS * BLOCK_K]), 0) / WIDTH + eps)
-            x = x * norm
-    elif NORM is not None:
-        squares = tl.zeros([1, BLOCK_K], tl.float32)
-        for chunk in tl.static_range(CHUNKS):
-            x = _inputs(X, chunk, WIDTH, REPEATS, BLOCK_K)
-            squares += tl.sum(x * x, 1)
-        factor = tl.rsqrt(tl.sum(tl.sum(squares, 1), 0) / WIDTH + eps)
-    best, best_id = -float("inf"), 0
-    for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
-        acc = tl.zeros([BLOCK_E, BLOCK_K], tl.float32)
-        for chunk in tl.static_range(CHUNKS):
-            if chunk + 1 < CHUNKS:
-                later = _weights(W, block, chunk + 1, num_blocks, num_outputs, False, GATED, WIDTH,
-                                 BLOCK_E, REPEATS, BLOCK_K)  # fmt: skip
-            elif MANY:
-                later = _weights(W, block + tl.num_programs(0), 0, num_blocks, num_outputs, True, GATED, WIDTH,
-                                 BLOCK_E, REPEATS, BLOCK_K)  # fmt: skip
-            else:
-                later = w
-            if CHUNKS > 1:
-                x = _inputs(X, chunk, WIDTH, REPEATS, BLOCK_K)
-                if NORM is not None:
-                    x = x * _inputs(NORM, chunk, WIDTH, REPEATS, BLOCK_K)
-            acc += tl.sum(w.to(tl.float32) * x, 1)
-            w = later
-        total = tl.sum(acc, 1) * factor
-        outputs = block * BLOCK_E + tl.arange(0, BLOCK_E)
-        if KIND == "swiglu":
-            HALF: tl.constexpr = BLOCK_E // 2
-            gate, up = tl.split(tl.permute(tl.reshape(total, [2, HALF]), [1, 0]))
-            outputs = block * HALF + tl.arange(0, HALF)
-            tl.store(OUT + outputs, (gate * tl.sigmoid(gate) * up).to(OUT.dtype.element_ty))
-        elif KIND == "largest":
-            logits = total.to(X.dtype.element_ty).to(tl.float32)
-            top = tl.max(logits, 0)
-            top_id = tl.min(tl.where(logits == top, outputs, 2147483647), 0)
-            best_id = tl.where(top > best, top_id, best_id)  # blocks ascend: the first of equals stays
-            best = tl.maximum(best, top)
-        else:
-            if RESIDUAL is not None:
-                total += tl.load(RESIDUAL + outputs).to(tl.float32)
-            tl.store(OUT + outputs, total.to(OUT.dtype.element_ty))
-    if KIND == "largest":
-        tl.store(OUT + tl.program_id(0), best)
-        tl.store(IDS + tl.program_id(0), best_id)
-
-
-@triton.jit
-def _turned(QKV, at, NORM, cos, sin, dims, eps, H: tl.constexpr, HAS_NORMS: tl.constexpr):
-    """Heads at these places, normed and rotated. fp32 [heads, H]."""
-    partners = tl.where(dims < H // 2, dims + H // 2, dims - H // 2)
-    x = tl.load(QKV + at[:, None] + dims[None, :]).to(tl.float32)
-    partner = tl.load(QKV + at[:, None] + partners[None, :]).to(tl.float32)
-    if HAS_NORMS:
-        factor = tl.rsqrt(tl.sum(x * x, 1) / H + eps)[:, None]
-        x = x * factor * tl.load(NORM + dims).to(tl.float32)[None, :]
-        partner = partner * factor * tl.load(NORM + partners).to(tl.float32)[None, :]
-    return x * cos[None, :] + tl.where(dims < H // 2, -1.0, 1.0)[None, :] * partner * sin[None, :]
-
-
-@triton.jit
-def read_tile(
-    QKV, K, V, TABLE, LENGTHS, COS, SIN, QUERY_NORM, KEY_NORM, ACC, PEAK, TOTAL,
-    kp, ks, kg, vp, vs, vg, eps, scale,
-    NUM_HEADS: tl.constexpr, NUM_GROUPS: tl.constexpr, H: tl.constexpr, S: tl.constexpr, SLOTS: tl.constexpr,
-    TILE_M: tl.constexpr, HAS_NORMS: tl.constexpr, DOT: tl.constexpr, HOPPER: tl.constexpr,
-):  # fmt: skip
-    """One key head's queries over a tile of slots; whose tile has the row's end, stores the new key and value, too.
-
-    The state, as `attention_kernels.py` has it, to [T, N, H] and [T, N].
-    """
-    let_next(HOPPER)
-    tile, g = tl.program_id(0), tl.program_id(1)
-    GROUP: tl.constexpr = NUM_HEADS // NUM_GROUPS
-    dims = tl.arange(0, H)
-    length = tl.load(LENGTHS)
-    slots = tile * SLOTS + tl.arange(0, SLOTS)
-    is_old = slots < length
-    page = tl.load(TABLE + slots // S, mask=is_old, other=0).to(tl.int64)
-    k = tl.load(K + g * kg + (page * kp + slots % S * ks)[:, None] + dims[None, :], mask=is_old[:, None], other=0.0)
-    v = tl.load(V + g * vg + (page * vp + slots % S * vs)[:, None] + dims[None, :], mask=is_old[:, None], other=0.0)
-    cos, sin = tl.load(COS + length * H + dims).to(tl.float32), tl.load(SIN + length * H + dims).to(tl.float32)
-    new_page = tl.load(TABLE + length // S).to(tl.int64)
-    wait(HOPPER)
-    if tile * SLOTS <= length:
-        lane = tl.arange(0, TILE_M)
-        heads = g * GROUP + tl.minimum(lane, GROUP - 1)
-        q = _turned(QKV, heads * H, QUERY_NORM, cos, sin, dims, eps, H, HAS_NORMS).to(k.dtype)
-        scores = tl.where(is_old[None, :], tl.dot(q.to(DOT), tl.trans(k.to(DOT))) * scale, -float("inf"))
-        peak = tl.maximum(tl.max(scores, 1), NOTHING)
-        weights = tl.exp2(scores - peak[:, None])
-        total = tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype).to(DOT), v.to(DOT))
-        if tile == length // SLOTS:
-            one = tl.arange(0, 1)
-            new_k = _turned(QKV, (NUM_HEADS + g + one) * H, KEY_NORM, cos, sin, dims, eps, H, HAS_NORMS).to(k.dtype)
-            new_v = tl.load(QKV + (NUM_HEADS + NUM_GROUPS + g + one)[:, None] * H + dims[None, :])
-            tl.store(K + g * kg + new_page * kp + length % S * ks + dims[None, :], new_k)
-            tl.store(V + g * vg + new_page * vp + length % S * vs + dims[None, :], new_v)
-            score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale
-            top = tl.maximum(peak, score)
-            fade, join = tl.exp2(peak - top), tl.exp2(score - top)
-            acc = acc * fade[:, None] + join[:, None] * new_v.to(tl.float32)
-            peak, total = top, total * fade + join
-        to = tile * NUM_HEADS + heads
-        tl.store(ACC + to[:, None] * H + dims[None, :], acc, mask=(lane < GROUP)[:, None])
-        tl.store(PEAK + to, peak, mask=lane < GROUP)
-        tl.store(TOTAL + to, total, mask=lane < GROUP)
-
-
-@triton.jit
-def merge_tiles(
-    ACC, PEAK, TOTAL, LENGTHS, OUT,
-    NUM_HEADS: tl.constexpr, H: tl.constexpr, SLOTS: tl.constexpr, TILES: tl.constexpr, HOPPER: tl.constexpr,
-):  # fmt: skip
-    """The states of one head's tiles, folded."""
-    let_next(HOPPER)
-    head, tiles, dims = tl.program_id(0), tl.arange(0, TILES), tl.arange(0, H)
-    is_there = tiles <= tl.load(LENGTHS) // SLOTS
-    wait(HOPPER)
-    at = tiles * NUM_HEADS + head
-    peak = tl.load(PEAK + at, mask=is_there, other=NOTHING)
-    total = tl.load(TOTAL + at, mask=is_there, other=0.0)
-    acc = tl.load(ACC + at[:, None] * H + dims[None, :], mask=is_there[:, None], other=0.0)
-    fade = tl.exp2(peak - tl.max(peak, 0))
-    mixed = tl.sum(acc * fade[:, None], 0) / tl.sum(total * fade, 0)
-    tl.store(OUT + head * H + dims, mixed.to(OUT.dtype.element_ty))
-
-
-multiply_kernel: Any = multiply_one
-read_kernel: Any = read_tile
-merge_kernel: Any = merge_tiles
-row_largest: Any = head_kernels.row_largest
-
-
 def spreads(kind: str, width: int) -> Iterator[Spread]:
     """Ways to spread a product of so many inputs that registers hold."""
-    all_spreads = itertools.product((1, 2, 4, 8), (1, 2, 4), (4, 8), (0, 2, 4))
+    all_spreads = itertools.product((1, 2, 4, 8), (1, 2, 4), (4, 8), (0, 2, 3, 4, 6))
     for block_e, repeats, num_warps, per_processor in all_spreads:
         registers = block_e * repeats * 4
         is_apt = LEAST_REGISTERS <= registers and 2 * registers + THREAD_INPUTS * block_e <= MOST_REGISTERS
         is_apt &= repeats == 1 or repeats * block_inputs(num_warps) < 2 * width
-        is_apt &= per_processor * num_warps <= 16  # all programs run at once
+        is_apt &= per_processor * num_warps <= 24  # more could not run at once
         if kind == "swiglu":
             is_apt &= block_e > 1
         if kind == "largest":
@@ -335,7 +134,7 @@ def multiply(
     out = x_RD.new_empty(1, num_programs, dtype=torch.float32) if is_largest else x_RD.new_empty(1, num_outputs)
     ids = x_RD.new_empty(1, num_programs, dtype=torch.int32) if is_largest else None
     block_k = block_inputs(spread.num_warps)
-    multiply_kernel[(num_programs,)](
+    kernels.multiply_one[(num_programs,)](
         x_RD, norm_D, weight_ED, residual_RE, out, ids, num_outputs, num_blocks, eps,
         KIND=kind, WIDTH=width, CHUNKS=triton.cdiv(width, spread.REPEATS * block_k), BLOCK_E=spread.BLOCK_E,
         REPEATS=spread.REPEATS, BLOCK_K=block_k, MANY=num_programs < num_blocks, num_warps=spread.num_warps,
@@ -363,7 +162,7 @@ def attend(queries: Unplaced, pages: Pages, *, width: int, scale: float, **draft
     peak, total = qkv_RE.new_empty(2, num_tiles, num_heads, dtype=torch.float32)
     query_norm, key_norm, eps = norms or (None, None, 0.0)
     strides = (*pages.keys_PSGH.stride()[:3], *pages.values_PSGH.stride()[:3])
-    read_kernel[num_tiles, num_groups](
+    kernels.read_tile[num_tiles, num_groups](
         qkv_RE, *pages, *rotary, query_norm, key_norm, acc, peak, total, *strides, eps, scale * LOG2E,
         NUM_HEADS=num_heads, NUM_GROUPS=num_groups, H=head_dim, S=num_slots, SLOTS=TILE_SLOTS,
         TILE_M=max(16, triton.next_power_of_2(num_heads // num_groups)), HAS_NORMS=norms is not None,
@@ -371,7 +170,7 @@ def attend(queries: Unplaced, pages: Pages, *, width: int, scale: float, **draft
         **overlap(qkv_RE),
     )  # fmt: skip
     out = qkv_RE.new_empty(1, num_heads * head_dim)
-    merge_kernel[(num_heads,)](
+    kernels.merge_tiles[(num_heads,)](
         acc, peak, total, pages.lengths_B, out, NUM_HEADS=num_heads, H=head_dim, SLOTS=TILE_SLOTS,
         TILES=triton.next_power_of_2(num_tiles), num_warps=4, **overlap(qkv_RE),
     )  # fmt: skip
