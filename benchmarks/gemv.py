@@ -49,8 +49,8 @@ MAX_SLOTS = 4096
 """Slots of a table that `read` and `merge` are for: behind them it is the engine's attention."""
 LEAST_REGISTERS = 16
 """Of a thread, that weights on their way take: with fewer, too little is on its way."""
-MOST_REGISTERS = 160
-"""Of a thread, that weights and the next ones, and sums take: with more, some are spilt (8 x 2 of 12,288 inputs)."""
+MOST_REGISTERS = 192
+"""Of a thread, that weights, the next ones and sums take: with more, some are spilt (8 x 4 of 12,288 inputs)."""
 
 
 class Spread(NamedTuple):
