@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -363,7 +364,7 @@ def measure_model(
         show(shape, options.context, step, floor)
     right = [step for step in steps if step.apart <= MAX_APART]
     for clock in ("graph_ms", "step_ms"):
-        best = min(right, key=lambda step: getattr(step, clock), default=steps[0])  # noqa: B023
+        best = min(right, key=attrgetter(clock), default=steps[0])
         price = getattr(steps[0], clock) / getattr(best, clock)
         print(f"# {shape}, {clock}: the engine's is {price:.3f} times that of the fastest way, {best.way}", flush=True)
     shared = dict(model=shape, context=options.context, batch=1, drafting=False, backend="engine", dtype="bfloat16",
