@@ -70,7 +70,7 @@ few, many = split(PART_TILES[2]), split(ALL_TILES[2])
 products = set()
 for options, tile in (few, many):
     for how in (AR, DRAFT):
-        code = ptx(attention_kernels.read_part, options, **READ | tile | how)
+        code = ptx(attention_kernels.read_part, options, HEADS_FIRST=False, **READ | tile | how)
         copied = code.count("cp.async.cg.shared.global") * 16 * 32 * options["num_warps"]
         num_tiles = copied / (2 * TILE_K[2] * 128 * 2)  # of keys and values: those before a loop and one in it
         # Two loops: tiles that all queries see, and the rest.
