@@ -43,14 +43,20 @@ DOUBLINGS = 2
 TILE_K = {2: 64, 4: 32}
 """Slots of a tile, by bytes of an element. A constant: it decides the order of sums."""
 
-PART_TILES = {2: dict(TILE_M=64, LATE=False, num_warps=4, num_stages=3), 4: dict(TILE_M=32, LATE=False, num_warps=4, num_stages=1)}
+PART_TILES = {
+    2: dict(TILE_M=64, LATE=False, num_warps=4, num_stages=3),
+    4: dict(TILE_M=32, LATE=False, num_warps=4, num_stages=1),
+}
 """Query heads of a program that reads one split, by bytes of an element. Two programs of 64 a multiprocessor were
 faster on an H200 than one of 128, though both read the keys (docs/experiments.md)."""
 
 WIDE_TILES = PART_TILES
 """The same where there are more query heads than PART_TILES has: keys could be read once for twice as many."""
 
-ALL_TILES = {2: dict(TILE_M=128, LATE=False, num_warps=8, num_stages=3), 4: dict(TILE_M=32, LATE=False, num_warps=4, num_stages=1)}
+ALL_TILES = {
+    2: dict(TILE_M=128, LATE=False, num_warps=8, num_stages=3),
+    4: dict(TILE_M=32, LATE=False, num_warps=4, num_stages=1),
+}
 """Query heads of a program that reads all of a row. In bf16 a warp has 16 of them and all slots of a tile in either
 size, so both give a query the same bits."""
 

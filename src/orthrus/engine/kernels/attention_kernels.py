@@ -61,9 +61,13 @@ def _page(TABLE, at, table_pages, is_own, S: tl.constexpr, TILE_K: tl.constexpr)
 
     Needs no length, so that it is looked up while the length is; a page behind a row's last is never read.
     """
-    index = (at if S % TILE_K == 0 else at + tl.arange(0, TILE_K)) // S
-    page = tl.load(TABLE + tl.minimum(index, table_pages - 1))
-    return tl.where(is_own, index, page).to(tl.int64)
+    if TILE_K == 2 * S:  # two numbers instead of as many as slots
+        first = _page(TABLE, at, table_pages, is_own, S, S)
+        return tl.where(tl.arange(0, TILE_K) < S, first, _page(TABLE, at + S, table_pages, is_own, S, S))
+    else:
+        index = (at if S % TILE_K == 0 else at + tl.arange(0, TILE_K)) // S
+        page = tl.load(TABLE + tl.minimum(index, table_pages - 1))
+        return tl.where(is_own, index, page).to(tl.int64)
 
 
 @triton.jit
@@ -111,7 +115,7 @@ def _read(q, K, V, TABLE, table_pages, page, kp, ks, vp, vs, first, last, stop_M
 
     Tiles that all queries see are read without masks, the rest with; on those both compute the same. A tile's page is
     looked up one tile ahead: keys are copied ahead only if their addresses wait for no load. LATE: a tile's values are
-    mixed one tile late, which the tensor cores do while the next tile goes through the softmax. The numbers are the same.
+    mixed one tile late, which the tensor cores do while the next tile goes through the softmax. Numbers are the same.
     """
     acc, peak, total = _none(TILE_M, BLOCK_H)
     some = first + tl.maximum(tl.minimum(low, last) - first, 0) // TILE_K * TILE_K
@@ -178,9 +182,9 @@ def _store(OUT, heads_M, acc, total, is_query, dims, is_dim, H: tl.constexpr):
 
 
 @triton.jit
-def _part(part, num_splits, K, V, OWN_K, OWN_V, WIDTHS, kp, ks, kg, vp, vs, vg, b, g, width, num_groups, stop_M, low, high,
-          FIRST: tl.constexpr, SHARE: tl.constexpr, DOUBLINGS: tl.constexpr, H: tl.constexpr, S: tl.constexpr,
-          HAS_OWN: tl.constexpr):  # fmt: skip
+def _part(part, num_splits, K, V, OWN_K, OWN_V, WIDTHS, kp, ks, kg, vp, vs, vg, b, g, width, num_groups,
+          stop_M, low, high, FIRST: tl.constexpr, SHARE: tl.constexpr, DOUBLINGS: tl.constexpr, H: tl.constexpr,
+          S: tl.constexpr, HAS_OWN: tl.constexpr):  # fmt: skip
     """Where a part's keys lie: a split of the pages, or, behind all splits, the block's own as pages in a row."""
     octave = _octave(part, FIRST, SHARE, DOUBLINGS)
     size = FIRST << octave
@@ -259,6 +263,9 @@ def merge(
     is_dim = dims < H
     wait(HOPPER)
     acc, peak, total = _none(TILE_M, BLOCK_H)
+    if HAS_OWN:  # loaded with the first of the others, folded last
+        own_acc, own_peak, own_total = _state(ACC, PEAK, TOTAL, num_splits, num_rows, num_heads, heads_M,
+                                              is_head, dims, is_dim, H)  # fmt: skip
     for first in range(0, _num_splits(tl.max(stop_M, 0), FIRST, SHARE, DOUBLINGS), AHEAD):
         for i in tl.static_range(AHEAD):
             octave = _octave(first + i, FIRST, SHARE, DOUBLINGS)
@@ -267,9 +274,7 @@ def merge(
                                                         is_read, dims, is_dim, H)  # fmt: skip
             acc, peak, total = _fold(acc, peak, total, later_acc, later_peak, later_total)
     if HAS_OWN:
-        later_acc, later_peak, later_total = _state(ACC, PEAK, TOTAL, num_splits, num_rows, num_heads, heads_M,
-                                                    is_head, dims, is_dim, H)  # fmt: skip
-        acc, peak, total = _fold(acc, peak, total, later_acc, later_peak, later_total)
+        acc, peak, total = _fold(acc, peak, total, own_acc, own_peak, own_total)
     _store(OUT, heads_M, acc, total, is_head, dims, is_dim, H)
 
 
