@@ -227,6 +227,22 @@ def test_a_wrong_mask_is_noticed(monkeypatch, tmp_path: Path, late: bool, old: s
         check_twin([29], 5, (4, 2, 16), page_slots=8, drafts=False)
 
 
+@pytest.mark.parametrize("drafts", [False, True], ids=["ar", "draft"])
+def test_the_last_program_folds_as_the_second_kernel(monkeypatch, drafts: bool) -> None:
+    """The same bits, and zeros are left for the next pass."""
+    monkeypatch.setattr(attention, "FOLD_HEADS", 8)
+    width, lengths = 2, [0, 31, 125]
+    pages = random_pages(lengths, width, num_groups=2, head_dim=16, page_slots=8, table_pages=24)
+    q = heads(len(lengths) * width, 6, 16)
+    own = own_block(len(q), 2, 16) if drafts else None
+    widths = torch.tensor([2, 1, 2], dtype=torch.int32, device=DEVICE) if drafts else None
+    how: dict[str, Any] = dict(width=width, scale=SCALE, own=own, widths_B=widths)
+    counts = torch.zeros(len(lengths) * 2, dtype=torch.int32, device=DEVICE)
+    for _ in range(2):
+        folded = attention.attend(q, pages, counts=counts, **how)
+        assert torch.equal(folded, attention.attend(q, pages, **how)) and not counts.any()
+
+
 def test_a_row_of_padding_is_zero() -> None:
     """It sees nothing, in a draft pass of no width: no NaN reaches the layers behind."""
     pages = random_pages([0, 9], 3, num_groups=2, head_dim=16, page_slots=8, table_pages=4)

@@ -65,12 +65,13 @@ def split(tile):
 
 HEADS = dict(H=128, BLOCK_H=128, HOPPER=True, FIRST=FIRST_SLOTS, SHARE=SHARE, DOUBLINGS=DOUBLINGS)
 READ = HEADS | dict(GROUP=4, S=64, TILE_K=TILE_K[2], BY="tf32")
+TWO = dict(HEADS_FIRST=False, FOLD_M=0, COUNTS=None, OUT=None)
 AR, DRAFT = dict(OWN_K=None, OWN_V=None, WIDTHS=None, HAS_OWN=False), dict(HAS_OWN=True)
 few, many = split(PART_TILES[2]), split(ALL_TILES[2])
 products = set()
 for options, tile in (few, many):
     for how in (AR, DRAFT):
-        code = ptx(attention_kernels.read_part, options, HEADS_FIRST=False, **READ | tile | how)
+        code = ptx(attention_kernels.read_part, options, **READ | TWO | tile | how)
         copied = code.count("cp.async.cg.shared.global") * 16 * 32 * options["num_warps"]
         num_tiles = copied / (2 * TILE_K[2] * 128 * 2)  # of keys and values: those before a loop and one in it
         # Two loops: tiles that all queries see, and the rest.

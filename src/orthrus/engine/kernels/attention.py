@@ -63,6 +63,10 @@ size, so both give a query the same bits."""
 MERGE = dict(TILE_M=4, num_warps=4, AHEAD=8)
 """Query heads that a program folds the states of, a warp each, and how many states it loads at a time."""
 
+FOLD_HEADS = 4
+"""Query heads of a key head that the last program to end folds, where it is given counts; more have `merge`, which has
+more programs. A power of two."""
+
 HEADS_FIRST = False
 """Whether programs of all key heads of a split follow each other, or those of all splits of a key head."""
 
@@ -91,8 +95,13 @@ def attend(
     scale: float,
     own: tuple[Tensor, Tensor] | None = None,
     widths_B: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention of a pass, as `reference.attend`; 0 for a query that sees no key. [R, N * H]."""
+    """Softmax attention of a pass, as `reference.attend`; 0 for a query that sees no key. [R, N * H].
+
+    counts: zeros, at least B * G, int32; who passes them has all passes that do so on one stream. With them a pass of
+    at most FOLD_HEADS query heads a key head is one kernel, which leaves them zero.
+    """
     num_rows, num_heads, head_dim = q_RNH.shape
     num_slots, num_groups = pages.keys_PSGH.shape[1:3]
     _check(q_RNH, pages, width=width, scale=scale, own=own, widths_B=widths_B)
@@ -119,10 +128,14 @@ def attend(
     acc = q_RNH.new_empty(num_parts, num_rows, num_heads, head_dim, dtype=torch.float32)
     peak, total = q_RNH.new_empty(2, num_parts, num_rows, num_heads, dtype=torch.float32)
     programs = plan.num_tiles * num_parts
+    folds = counts is not None and plan.num_tiles == 1 and width * num_heads // num_groups <= FOLD_HEADS
     kernels.read_part[(heads, programs) if HEADS_FIRST else (programs, heads)](
-        *read, acc, peak, total, *strides, by_2, table_pages, num_rows, width, num_groups, plan.num_tiles,
-        plan.num_splits, HEADS_FIRST=HEADS_FIRST, **sizes_of_read,
+        *read, acc, peak, total, *((counts, out) if folds else (None, None)), *strides, by_2, table_pages, num_rows,
+        width, num_groups, plan.num_tiles, plan.num_splits, HEADS_FIRST=HEADS_FIRST,
+        FOLD_M=FOLD_HEADS if folds else 0, **sizes_of_read,
     )  # fmt: skip
+    if folds:
+        return out.flatten(1)
     kernels.merge[(triton.cdiv(num_rows * num_heads, MERGE["TILE_M"]),)](
         acc, peak, total, pages.lengths_B, out, num_rows, width, num_heads, plan.num_splits,
         **MERGE, **sizes,

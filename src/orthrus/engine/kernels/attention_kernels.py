@@ -205,14 +205,48 @@ def _part(part, num_splits, K, V, OWN_K, OWN_V, WIDTHS, kp, ks, kg, vp, vs, vg, 
     return K, V, kp, ks, vp, vs, first, tl.minimum(first + size, high), stop_M, low, is_own
 
 
+@triton.jit
+def _state(ACC, PEAK, TOTAL, part, num_rows, num_heads, heads_M, is_read, dims, is_dim, H: tl.constexpr):
+    """What `read_part` stored, or the state of no keys where a query sees none of the part's."""
+    at = part * num_rows * num_heads + heads_M
+    is_there = is_read[:, None] & is_dim[None, :]
+    acc = tl.load(ACC + at[:, None] * H + dims[None, :], mask=is_there, other=0.0, cache_modifier=".cg")
+    peak = tl.load(PEAK + at, mask=is_read, other=NOTHING, cache_modifier=".cg")
+    return acc, peak, tl.load(TOTAL + at, mask=is_read, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _fold_all(ACC, PEAK, TOTAL, OUT, num_rows, num_heads, num_splits, heads_M, is_head, stop_M, dims, is_dim,
+              H: tl.constexpr, BLOCK_H: tl.constexpr, HAS_OWN: tl.constexpr, FIRST: tl.constexpr, SHARE: tl.constexpr,
+              DOUBLINGS: tl.constexpr, TILE_M: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+    """A tile of query heads: the states of splits folded in ascending order, the own block's last.
+
+    AHEAD states are loaded at a time, so that a row waits for memory once for as many.
+    """
+    acc, peak, total = _none(TILE_M, BLOCK_H)
+    if HAS_OWN:  # loaded with the first of the others, folded last
+        own_acc, own_peak, own_total = _state(ACC, PEAK, TOTAL, num_splits, num_rows, num_heads, heads_M,
+                                              is_head, dims, is_dim, H)  # fmt: skip
+    for first in range(0, _num_splits(tl.max(stop_M, 0), FIRST, SHARE, DOUBLINGS), AHEAD):
+        for i in tl.static_range(AHEAD):
+            octave = _octave(first + i, FIRST, SHARE, DOUBLINGS)
+            is_read = is_head & ((first + i - SHARE * octave) * (FIRST << octave) < stop_M)
+            later_acc, later_peak, later_total = _state(ACC, PEAK, TOTAL, first + i, num_rows, num_heads, heads_M,
+                                                        is_read, dims, is_dim, H)  # fmt: skip
+            acc, peak, total = _fold(acc, peak, total, later_acc, later_peak, later_total)
+    if HAS_OWN:
+        acc, peak, total = _fold(acc, peak, total, own_acc, own_peak, own_total)
+    _store(OUT, heads_M, acc, total, is_head, dims, is_dim, H)
+
+
 @triton.jit(do_not_specialize=SHAPES)
 def read_part(
-    Q, K, V, TABLES, LENGTHS, OWN_K, OWN_V, WIDTHS, ACC, PEAK, TOTAL,
+    Q, K, V, TABLES, LENGTHS, OWN_K, OWN_V, WIDTHS, ACC, PEAK, TOTAL, COUNTS, OUT,
     kp, ks, kg, vp, vs, vg, scale, table_pages, num_rows, width, num_groups, num_tiles, num_splits,
     GROUP: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, S: tl.constexpr, HAS_OWN: tl.constexpr,
     FIRST: tl.constexpr, SHARE: tl.constexpr, DOUBLINGS: tl.constexpr,
     TILE_M: tl.constexpr, TILE_K: tl.constexpr, BY: tl.constexpr, LATE: tl.constexpr, HOPPER: tl.constexpr,
-    HEADS_FIRST: tl.constexpr,
+    HEADS_FIRST: tl.constexpr, FOLD_M: tl.constexpr,
 ):  # fmt: skip
     """One part of one tile of queries: its state to the scratch, [U, R * N, H] and [U, R * N]. Part num_splits: own."""
     let_next(HOPPER)
@@ -242,6 +276,17 @@ def read_part(
         tl.store(ACC + to[:, None] * H + dims[None, :], acc, mask=is_query[:, None] & is_dim[None, :])
         tl.store(PEAK + to, peak, mask=is_query)
         tl.store(TOTAL + to, total, mask=is_query)
+    if FOLD_M:
+        # The count says who folds, and nothing of the order. A barrier and an atomic that releases and acquires: the
+        # states of all programs are seen by the last. Only the first FOLD_M query heads of the tile are there.
+        tl.debug_barrier()
+        count = COUNTS + head * num_tiles + tile
+        if tl.atomic_add(count, 1, sem="acq_rel") == num_splits + HAS_OWN - 1:
+            all_M, is_there, stops_M, _, _ = _queries(b, g, tile * (TILE_M // FOLD_M), tl.load(LENGTHS + b),
+                                                      width, num_heads, GROUP, FOLD_M, HAS_OWN)  # fmt: skip
+            _fold_all(ACC, PEAK, TOTAL, OUT, num_rows, num_heads, num_splits, all_M, is_there, stops_M, dims, is_dim,
+                      H, BLOCK_H, HAS_OWN, FIRST, SHARE, DOUBLINGS, FOLD_M, 8)  # fmt: skip
+            tl.store(count, 0)
 
 
 @triton.jit(do_not_specialize=SHAPES)
@@ -250,10 +295,7 @@ def merge(
     H: tl.constexpr, BLOCK_H: tl.constexpr, HAS_OWN: tl.constexpr, FIRST: tl.constexpr, SHARE: tl.constexpr,
     DOUBLINGS: tl.constexpr, TILE_M: tl.constexpr, AHEAD: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
-    """A tile of query heads: the states of splits folded in ascending order, the own block's last.
-
-    AHEAD states are loaded at a time, so that a row waits for memory once for as many.
-    """
+    """The states of a tile of query heads folded."""
     let_next(HOPPER)
     heads_M = (tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)).to(tl.int64)
     is_head = heads_M < num_rows * num_heads
@@ -262,28 +304,8 @@ def merge(
     dims = tl.arange(0, BLOCK_H)
     is_dim = dims < H
     wait(HOPPER)
-    acc, peak, total = _none(TILE_M, BLOCK_H)
-    if HAS_OWN:  # loaded with the first of the others, folded last
-        own_acc, own_peak, own_total = _state(ACC, PEAK, TOTAL, num_splits, num_rows, num_heads, heads_M,
-                                              is_head, dims, is_dim, H)  # fmt: skip
-    for first in range(0, _num_splits(tl.max(stop_M, 0), FIRST, SHARE, DOUBLINGS), AHEAD):
-        for i in tl.static_range(AHEAD):
-            octave = _octave(first + i, FIRST, SHARE, DOUBLINGS)
-            is_read = is_head & ((first + i - SHARE * octave) * (FIRST << octave) < stop_M)
-            later_acc, later_peak, later_total = _state(ACC, PEAK, TOTAL, first + i, num_rows, num_heads, heads_M,
-                                                        is_read, dims, is_dim, H)  # fmt: skip
-            acc, peak, total = _fold(acc, peak, total, later_acc, later_peak, later_total)
-    if HAS_OWN:
-        acc, peak, total = _fold(acc, peak, total, own_acc, own_peak, own_total)
-    _store(OUT, heads_M, acc, total, is_head, dims, is_dim, H)
-
-
-@triton.jit
-def _state(ACC, PEAK, TOTAL, part, num_rows, num_heads, heads_M, is_read, dims, is_dim, H: tl.constexpr):
-    """What `read_part` stored, or the state of no keys where a query sees none of the part's."""
-    at = part * num_rows * num_heads + heads_M
-    acc = tl.load(ACC + at[:, None] * H + dims[None, :], mask=is_read[:, None] & is_dim[None, :], other=0.0)
-    return acc, tl.load(PEAK + at, mask=is_read, other=NOTHING), tl.load(TOTAL + at, mask=is_read, other=0.0)
+    _fold_all(ACC, PEAK, TOTAL, OUT, num_rows, num_heads, num_splits, heads_M, is_head, stop_M, dims, is_dim,
+              H, BLOCK_H, HAS_OWN, FIRST, SHARE, DOUBLINGS, TILE_M, AHEAD)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SHAPES)
