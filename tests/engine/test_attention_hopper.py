@@ -23,7 +23,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from orthrus.engine.kernels import attention_kernels, place_kernels
-from orthrus.engine.kernels.attention import ALL_TILES, DOUBLINGS, FIRST_SLOTS, MERGE, PART_TILES, SHARE, TILE_K, WIDE_TILES
+from orthrus.engine.kernels.attention import ALL_TILES, MERGE, PART_TILES, TILE_K, WIDE_TILES
+from orthrus.engine.kernels.attention import DOUBLINGS, FIRST_SLOTS, SHARE
 from orthrus.engine.kernels.place import TILE
 
 FP32 = dict.fromkeys(("ACC", "PEAK", "TOTAL", "QKV"), "*fp32")
@@ -75,7 +76,8 @@ for options, tile in (few, more, many):
         copied = code.count("cp.async.cg.shared.global") * 16 * 32 * options["num_warps"]
         num_tiles = copied / (2 * TILE_K[2] * 128 * 2)  # of keys and values: those before a loop and one in it
         # Two loops: tiles that all queries see, and the rest; or one.
-        assert num_tiles == (1 if tile["LATE"] else 2) * options["num_stages"], f"too few keys are loaded ahead: {num_tiles} tiles"
+        loops = 1 if tile["LATE"] else 2
+        assert num_tiles == loops * options["num_stages"], f"too few keys are loaded ahead: {num_tiles} tiles"
         assert not spilled(code), f"registers spill: {tile}, {how}"
         check_wait(code, num_ahead=3 if how is DRAFT else 2)
         products.add(frozenset(re.findall(r"wgmma[.]mma_async\\S*", code)))
