@@ -61,9 +61,13 @@ def _page(TABLE, at, table_pages, is_own, S: tl.constexpr, TILE_K: tl.constexpr)
 
     Needs no length, so that it is looked up while the length is; a page behind a row's last is never read.
     """
-    index = (at if S % TILE_K == 0 else at + tl.arange(0, TILE_K)) // S
-    page = tl.load(TABLE + tl.minimum(index, table_pages - 1))
-    return tl.where(is_own, index, page).to(tl.int64)
+    if TILE_K == 2 * S:  # two numbers instead of as many as slots
+        first = _page(TABLE, at, table_pages, is_own, S, S)
+        return tl.where(tl.arange(0, TILE_K) < S, first, _page(TABLE, at + S, table_pages, is_own, S, S))
+    else:
+        index = (at if S % TILE_K == 0 else at + tl.arange(0, TILE_K)) // S
+        page = tl.load(TABLE + tl.minimum(index, table_pages - 1))
+        return tl.where(is_own, index, page).to(tl.int64)
 
 
 @triton.jit
@@ -77,46 +81,78 @@ def _at(X, page, at, page_stride, stride, dims, S: tl.constexpr, TILE_K: tl.cons
 
 
 @triton.jit
-def _add_tile(acc, peak, total, q, k, v, slots, stop_M, scale, MASKED: tl.constexpr, BY: tl.constexpr):
-    """A state with a tile of keys in it; MASKED: of which a query sees those below its `stop`."""
-    scores = tl.dot(q, tl.trans(k), input_precision=BY)
-    if MASKED:
-        scores = tl.where(slots[None, :] < stop_M[:, None], scores, -float("inf"))
+def _weigh(peak, total, scores, scale):
+    """Weights of a tile's keys, what fades values mixed before, peak and total; -inf: a key a query does not see."""
     top = tl.maximum(peak, tl.max(scores, 1) * scale)
     shift = tl.broadcast_to(-top[:, None], scores.shape)
     weights = tl.exp2(tl.fma(scores, tl.full(scores.shape, scale, tl.float32), shift))
     fade = tl.exp2(peak - top)
-    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=BY)
-    return acc, top, tl.fma(total, fade, tl.sum(weights, 1))
+    return weights, fade, top, tl.fma(total, fade, tl.sum(weights, 1))
 
 
 @triton.jit
-def _read(q, K, V, TABLE, table_pages, page, kp, ks, vp, vs, first, last, stop_M, is_own, dims, is_dim, scale,
+def _mix(acc, fade, weights, v, BY: tl.constexpr):
+    """Values mixed before, and those of a tile."""
+    return tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=BY)
+
+
+@triton.jit
+def _tile(X, page, at, page_stride, stride, dims, is_dim, S: tl.constexpr, TILE_K: tl.constexpr, H: tl.constexpr,
+          BLOCK_H: tl.constexpr):  # fmt: skip
+    """The keys or values of a tile that lies before the end. [TILE_K, BLOCK_H]."""
+    x = _at(X, page, at, page_stride, stride, dims, S, TILE_K)
+    if H == BLOCK_H:
+        return tl.load(x)
+    else:
+        return tl.load(x, mask=is_dim[None, :], other=0.0)
+
+
+@triton.jit
+def _read(q, K, V, TABLE, table_pages, page, kp, ks, vp, vs, first, last, stop_M, low, is_own, dims, is_dim, scale,
           S: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
-          BY: tl.constexpr):  # fmt: skip
+          BY: tl.constexpr, LATE: tl.constexpr):  # fmt: skip
     """The state of the keys at slots first .. last - 1, of which a query sees those below its `stop`.
 
     Tiles that all queries see are read without masks, the rest with; on those both compute the same. A tile's page is
-    looked up one tile ahead: keys are copied ahead only if their addresses wait for no load.
+    looked up one tile ahead: keys are copied ahead only if their addresses wait for no load. LATE: a tile's values are
+    mixed one tile late, which the tensor cores do while the next tile goes through the softmax. Numbers are the same.
     """
     acc, peak, total = _none(TILE_M, BLOCK_H)
-    some = first + tl.maximum(tl.minimum(tl.min(stop_M, 0), last) - first, 0) // TILE_K * TILE_K
-    for at in range(first, some, TILE_K):
-        if H == BLOCK_H:
-            k = tl.load(_at(K, page, at, kp, ks, dims, S, TILE_K))
-            v = tl.load(_at(V, page, at, vp, vs, dims, S, TILE_K))
-        else:
-            k = tl.load(_at(K, page, at, kp, ks, dims, S, TILE_K), mask=is_dim[None, :], other=0.0)
-            v = tl.load(_at(V, page, at, vp, vs, dims, S, TILE_K), mask=is_dim[None, :], other=0.0)
-        acc, peak, total = _add_tile(acc, peak, total, q, k, v, at + tl.arange(0, TILE_K), stop_M, scale, False, BY)
-        page = _page(TABLE, at + TILE_K, table_pages, is_own, S, TILE_K)
-    for at in range(some, last, TILE_K):
-        slots = at + tl.arange(0, TILE_K)
-        is_there = (slots < last)[:, None] & is_dim[None, :]
-        k = tl.load(_at(K, page, at, kp, ks, dims, S, TILE_K), mask=is_there, other=0.0)
-        v = tl.load(_at(V, page, at, vp, vs, dims, S, TILE_K), mask=is_there, other=0.0)
-        acc, peak, total = _add_tile(acc, peak, total, q, k, v, slots, stop_M, scale, True, BY)
-        page = _page(TABLE, at + TILE_K, table_pages, is_own, S, TILE_K)
+    some = first + tl.maximum(tl.minimum(low, last) - first, 0) // TILE_K * TILE_K
+    if LATE:
+        fade, weights = tl.full([TILE_M], 1.0, tl.float32), tl.zeros([TILE_M, TILE_K], tl.float32)
+        before = page
+        for at in range(first, tl.where(first < last, last + TILE_K, first), TILE_K):
+            slots = at + tl.arange(0, TILE_K)
+            is_key = (slots < last)[:, None] & is_dim[None, :]
+            is_value = (slots < tl.where(at > first, last + TILE_K, first))[:, None] & is_dim[None, :]
+            k = tl.load(_at(K, page, at, kp, ks, dims, S, TILE_K), mask=is_key, other=0.0)
+            v = tl.load(_at(V, before, at - TILE_K, vp, vs, dims, S, TILE_K), mask=is_value, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision=BY)
+            acc = _mix(acc, fade, weights, v, BY)
+            if at >= some:
+                scores = tl.where(slots[None, :] < tl.minimum(stop_M, last)[:, None], scores, -float("inf"))
+            weights, fade, peak, total = _weigh(peak, total, scores, scale)
+            before = _page(TABLE, at, table_pages, is_own, S, TILE_K)
+            page = _page(TABLE, at + TILE_K, table_pages, is_own, S, TILE_K)
+    else:
+        for at in range(first, some, TILE_K):
+            k = _tile(K, page, at, kp, ks, dims, is_dim, S, TILE_K, H, BLOCK_H)
+            v = _tile(V, page, at, vp, vs, dims, is_dim, S, TILE_K, H, BLOCK_H)
+            scores = tl.dot(q, tl.trans(k), input_precision=BY)
+            weights, fade, peak, total = _weigh(peak, total, scores, scale)
+            acc = _mix(acc, fade, weights, v, BY)
+            page = _page(TABLE, at + TILE_K, table_pages, is_own, S, TILE_K)
+        for at in range(some, last, TILE_K):
+            slots = at + tl.arange(0, TILE_K)
+            is_there = (slots < last)[:, None] & is_dim[None, :]
+            k = tl.load(_at(K, page, at, kp, ks, dims, S, TILE_K), mask=is_there, other=0.0)
+            v = tl.load(_at(V, page, at, vp, vs, dims, S, TILE_K), mask=is_there, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision=BY)
+            scores = tl.where(slots[None, :] < stop_M[:, None], scores, -float("inf"))
+            weights, fade, peak, total = _weigh(peak, total, scores, scale)
+            acc = _mix(acc, fade, weights, v, BY)
+            page = _page(TABLE, at + TILE_K, table_pages, is_own, S, TILE_K)
     return acc, peak, total
 
 
@@ -124,12 +160,17 @@ def _read(q, K, V, TABLE, table_pages, page, kp, ks, vp, vs, first, last, stop_M
 def _queries(b, g, tile, length, width, num_heads,
              GROUP: tl.constexpr, TILE_M: tl.constexpr, HAS_OWN: tl.constexpr):  # fmt: skip
     """A tile of the width * GROUP query heads that share a key head: their places among all R * N, which of them there
-    are, and where in the pages each stops seeing. Those that are not there do as the last."""
-    places = tile * TILE_M + tl.arange(0, TILE_M)
-    rows = tl.minimum(places, width * GROUP - 1)
+    are, and where in the pages each stops seeing, the first and the last of them. Those that are not there do as the
+    last. (Of a tile, tl.min would be two barriers in each program.)"""
+    places, end = tile * TILE_M + tl.arange(0, TILE_M), width * GROUP - 1
+    rows = tl.minimum(places, end)
     heads_M = (b * width + rows // GROUP) * num_heads + g * GROUP + rows % GROUP
-    stop_M = length + (rows * 0 if HAS_OWN else rows // GROUP + 1)
-    return heads_M, places < width * GROUP, stop_M
+    if HAS_OWN:
+        return heads_M, places < width * GROUP, length + rows * 0, length, length
+    else:
+        low = length + tl.minimum(tile * TILE_M, end) // GROUP + 1
+        high = length + tl.minimum(tile * TILE_M + TILE_M - 1, end) // GROUP + 1
+        return heads_M, places < width * GROUP, length + rows // GROUP + 1, low, high
 
 
 @triton.jit
@@ -141,9 +182,9 @@ def _store(OUT, heads_M, acc, total, is_query, dims, is_dim, H: tl.constexpr):
 
 
 @triton.jit
-def _part(part, num_splits, K, V, OWN_K, OWN_V, WIDTHS, kp, ks, kg, vp, vs, vg, b, g, width, num_groups, stop_M,
-          FIRST: tl.constexpr, SHARE: tl.constexpr, DOUBLINGS: tl.constexpr, H: tl.constexpr, S: tl.constexpr,
-          HAS_OWN: tl.constexpr):  # fmt: skip
+def _part(part, num_splits, K, V, OWN_K, OWN_V, WIDTHS, kp, ks, kg, vp, vs, vg, b, g, width, num_groups,
+          stop_M, low, high, FIRST: tl.constexpr, SHARE: tl.constexpr, DOUBLINGS: tl.constexpr, H: tl.constexpr,
+          S: tl.constexpr, HAS_OWN: tl.constexpr):  # fmt: skip
     """Where a part's keys lie: a split of the pages, or, behind all splits, the block's own as pages in a row."""
     octave = _octave(part, FIRST, SHARE, DOUBLINGS)
     size = FIRST << octave
@@ -159,65 +200,33 @@ def _part(part, num_splits, K, V, OWN_K, OWN_V, WIDTHS, kp, ks, kg, vp, vs, vg, 
         kp, ks = tl.where(is_own, own_stride * S, kp), tl.where(is_own, own_stride, ks)
         vp, vs = tl.where(is_own, own_stride * S, vp), tl.where(is_own, own_stride, vs)
         first, size = tl.where(is_own, 0, first), tl.where(is_own, width, size)
-        stop_M = tl.where(is_own, tl.minimum(tl.load(WIDTHS + b), width), stop_M)
-    last = tl.minimum(first + size, tl.max(stop_M, 0))
-    return K, V, kp, ks, vp, vs, first, last, stop_M, is_own
+        stop = tl.minimum(tl.load(WIDTHS + b), width)
+        stop_M, low, high = tl.where(is_own, stop, stop_M), tl.where(is_own, stop, low), tl.where(is_own, stop, high)
+    return K, V, kp, ks, vp, vs, first, tl.minimum(first + size, high), stop_M, low, is_own
 
 
-@triton.jit(do_not_specialize=SHAPES)
-def read_part(
-    Q, K, V, TABLES, LENGTHS, OWN_K, OWN_V, WIDTHS, ACC, PEAK, TOTAL,
-    kp, ks, kg, vp, vs, vg, scale, table_pages, num_rows, width, num_groups, num_tiles, num_splits,
-    GROUP: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, S: tl.constexpr, HAS_OWN: tl.constexpr,
-    FIRST: tl.constexpr, SHARE: tl.constexpr, DOUBLINGS: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_K: tl.constexpr, BY: tl.constexpr, HOPPER: tl.constexpr,
-):  # fmt: skip
-    """One part of one tile of queries: its state to the scratch, [U, R * N, H] and [U, R * N]. Part num_splits: own."""
-    let_next(HOPPER)
-    program = tl.num_programs(0) - 1 - tl.program_id(0)  # later splits are larger: those first
-    tile, part = program % num_tiles, program // num_tiles
-    b, g = (tl.program_id(1) // num_groups).to(tl.int64), tl.program_id(1) % num_groups
-    num_heads = num_groups * GROUP
-    dims = tl.arange(0, BLOCK_H)
-    is_dim = dims < H
-    heads_M, is_query, stop_M = _queries(b, g, tile, tl.load(LENGTHS + b), width, num_heads,
-                                         GROUP, TILE_M, HAS_OWN)  # fmt: skip
-    K, V, kp, ks, vp, vs, first, last, stop_M, is_own = _part(
-        part, num_splits, K, V, OWN_K, OWN_V, WIDTHS, kp, ks, kg, vp, vs, vg, b, g, width, num_groups, stop_M,
-        FIRST, SHARE, DOUBLINGS, H, S, HAS_OWN,
-    )  # fmt: skip
-    TABLE = TABLES + b * table_pages
-    page = _page(TABLE, first, table_pages, is_own, S, TILE_K)
-    wait(HOPPER)
-    q = tl.load(Q + heads_M[:, None] * H + dims[None, :], mask=is_dim[None, :], other=0.0)
-    acc, peak, total = _read(q, K, V, TABLE, table_pages, page, kp, ks, vp, vs, first, last, stop_M, is_own,
-                             dims, is_dim, scale, S, TILE_M, TILE_K, H, BLOCK_H, BY)  # fmt: skip
-    to = part * num_rows * num_heads + heads_M
-    if (first < last) | is_own:
-        tl.store(ACC + to[:, None] * H + dims[None, :], acc, mask=is_query[:, None] & is_dim[None, :])
-        tl.store(PEAK + to, peak, mask=is_query)
-        tl.store(TOTAL + to, total, mask=is_query)
+@triton.jit
+def _state(ACC, PEAK, TOTAL, part, num_rows, num_heads, heads_M, is_read, dims, is_dim, H: tl.constexpr):
+    """What `read_part` stored, or the state of no keys where a query sees none of the part's."""
+    at = part * num_rows * num_heads + heads_M
+    is_there = is_read[:, None] & is_dim[None, :]
+    acc = tl.load(ACC + at[:, None] * H + dims[None, :], mask=is_there, other=0.0, cache_modifier=".cg")
+    peak = tl.load(PEAK + at, mask=is_read, other=NOTHING, cache_modifier=".cg")
+    return acc, peak, tl.load(TOTAL + at, mask=is_read, other=0.0, cache_modifier=".cg")
 
 
-@triton.jit(do_not_specialize=SHAPES)
-def merge(
-    ACC, PEAK, TOTAL, LENGTHS, OUT, num_rows, width, num_heads, num_splits,
-    H: tl.constexpr, BLOCK_H: tl.constexpr, HAS_OWN: tl.constexpr, FIRST: tl.constexpr, SHARE: tl.constexpr,
-    DOUBLINGS: tl.constexpr, TILE_M: tl.constexpr, AHEAD: tl.constexpr, HOPPER: tl.constexpr,
-):  # fmt: skip
+@triton.jit
+def _fold_all(ACC, PEAK, TOTAL, OUT, num_rows, num_heads, num_splits, heads_M, is_head, stop_M, dims, is_dim,
+              H: tl.constexpr, BLOCK_H: tl.constexpr, HAS_OWN: tl.constexpr, FIRST: tl.constexpr, SHARE: tl.constexpr,
+              DOUBLINGS: tl.constexpr, TILE_M: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
     """A tile of query heads: the states of splits folded in ascending order, the own block's last.
 
     AHEAD states are loaded at a time, so that a row waits for memory once for as many.
     """
-    let_next(HOPPER)
-    heads_M = (tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)).to(tl.int64)
-    is_head = heads_M < num_rows * num_heads
-    row_M = tl.where(is_head, heads_M // num_heads, 0)
-    stop_M = tl.load(LENGTHS + row_M // width) + (row_M * 0 if HAS_OWN else row_M % width + 1)
-    dims = tl.arange(0, BLOCK_H)
-    is_dim = dims < H
-    wait(HOPPER)
     acc, peak, total = _none(TILE_M, BLOCK_H)
+    if HAS_OWN:  # loaded with the first of the others, folded last
+        own_acc, own_peak, own_total = _state(ACC, PEAK, TOTAL, num_splits, num_rows, num_heads, heads_M,
+                                              is_head, dims, is_dim, H)  # fmt: skip
     for first in range(0, _num_splits(tl.max(stop_M, 0), FIRST, SHARE, DOUBLINGS), AHEAD):
         for i in tl.static_range(AHEAD):
             octave = _octave(first + i, FIRST, SHARE, DOUBLINGS)
@@ -226,18 +235,77 @@ def merge(
                                                         is_read, dims, is_dim, H)  # fmt: skip
             acc, peak, total = _fold(acc, peak, total, later_acc, later_peak, later_total)
     if HAS_OWN:
-        later_acc, later_peak, later_total = _state(ACC, PEAK, TOTAL, num_splits, num_rows, num_heads, heads_M,
-                                                    is_head, dims, is_dim, H)  # fmt: skip
-        acc, peak, total = _fold(acc, peak, total, later_acc, later_peak, later_total)
+        acc, peak, total = _fold(acc, peak, total, own_acc, own_peak, own_total)
     _store(OUT, heads_M, acc, total, is_head, dims, is_dim, H)
 
 
-@triton.jit
-def _state(ACC, PEAK, TOTAL, part, num_rows, num_heads, heads_M, is_read, dims, is_dim, H: tl.constexpr):
-    """What `read_part` stored, or the state of no keys where a query sees none of the part's."""
-    at = part * num_rows * num_heads + heads_M
-    acc = tl.load(ACC + at[:, None] * H + dims[None, :], mask=is_read[:, None] & is_dim[None, :], other=0.0)
-    return acc, tl.load(PEAK + at, mask=is_read, other=NOTHING), tl.load(TOTAL + at, mask=is_read, other=0.0)
+@triton.jit(do_not_specialize=SHAPES)
+def read_part(
+    Q, K, V, TABLES, LENGTHS, OWN_K, OWN_V, WIDTHS, ACC, PEAK, TOTAL, COUNTS, OUT,
+    kp, ks, kg, vp, vs, vg, scale, table_pages, num_rows, width, num_groups, num_tiles, num_splits,
+    GROUP: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, S: tl.constexpr, HAS_OWN: tl.constexpr,
+    FIRST: tl.constexpr, SHARE: tl.constexpr, DOUBLINGS: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_K: tl.constexpr, BY: tl.constexpr, LATE: tl.constexpr, HOPPER: tl.constexpr,
+    HEADS_FIRST: tl.constexpr, FOLD_M: tl.constexpr,
+):  # fmt: skip
+    """One part of one tile of queries: its state to the scratch, [U, R * N, H] and [U, R * N]. Part num_splits: own."""
+    let_next(HOPPER)
+    if HEADS_FIRST:
+        program, head = tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(0)
+    else:
+        program, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    tile, part = program % num_tiles, program // num_tiles  # later splits are larger: those first
+    b, g = (head // num_groups).to(tl.int64), head % num_groups
+    num_heads = num_groups * GROUP
+    dims = tl.arange(0, BLOCK_H)
+    is_dim = dims < H
+    heads_M, is_query, stop_M, low, high = _queries(b, g, tile, tl.load(LENGTHS + b), width, num_heads,
+                                         GROUP, TILE_M, HAS_OWN)  # fmt: skip
+    K, V, kp, ks, vp, vs, first, last, stop_M, low, is_own = _part(
+        part, num_splits, K, V, OWN_K, OWN_V, WIDTHS, kp, ks, kg, vp, vs, vg, b, g, width, num_groups, stop_M,
+        low, high, FIRST, SHARE, DOUBLINGS, H, S, HAS_OWN,
+    )  # fmt: skip
+    TABLE = TABLES + b * table_pages
+    page = _page(TABLE, first, table_pages, is_own, S, TILE_K)
+    wait(HOPPER)
+    q = tl.load(Q + heads_M[:, None] * H + dims[None, :], mask=is_dim[None, :], other=0.0)
+    acc, peak, total = _read(q, K, V, TABLE, table_pages, page, kp, ks, vp, vs, first, last, stop_M, low, is_own,
+                             dims, is_dim, scale, S, TILE_M, TILE_K, H, BLOCK_H, BY, LATE)  # fmt: skip
+    to = part * num_rows * num_heads + heads_M
+    if (first < last) | is_own:
+        tl.store(ACC + to[:, None] * H + dims[None, :], acc, mask=is_query[:, None] & is_dim[None, :])
+        tl.store(PEAK + to, peak, mask=is_query)
+        tl.store(TOTAL + to, total, mask=is_query)
+    if FOLD_M:
+        # The count says who folds, and nothing of the order. A barrier and an atomic that releases and acquires: the
+        # states of all programs are seen by the last. Only the first FOLD_M query heads of the tile are there.
+        tl.debug_barrier()
+        count = COUNTS + head * num_tiles + tile
+        if tl.atomic_add(count, 1, sem="acq_rel") == num_splits + HAS_OWN - 1:
+            all_M, is_there, stops_M, _, _ = _queries(b, g, tile * (TILE_M // FOLD_M), tl.load(LENGTHS + b),
+                                                      width, num_heads, GROUP, FOLD_M, HAS_OWN)  # fmt: skip
+            _fold_all(ACC, PEAK, TOTAL, OUT, num_rows, num_heads, num_splits, all_M, is_there, stops_M, dims, is_dim,
+                      H, BLOCK_H, HAS_OWN, FIRST, SHARE, DOUBLINGS, FOLD_M, 8)  # fmt: skip
+            tl.store(count, 0)
+
+
+@triton.jit(do_not_specialize=SHAPES)
+def merge(
+    ACC, PEAK, TOTAL, LENGTHS, OUT, num_rows, width, num_heads, num_splits,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, HAS_OWN: tl.constexpr, FIRST: tl.constexpr, SHARE: tl.constexpr,
+    DOUBLINGS: tl.constexpr, TILE_M: tl.constexpr, AHEAD: tl.constexpr, HOPPER: tl.constexpr,
+):  # fmt: skip
+    """The states of a tile of query heads folded."""
+    let_next(HOPPER)
+    heads_M = (tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)).to(tl.int64)
+    is_head = heads_M < num_rows * num_heads
+    row_M = tl.where(is_head, heads_M // num_heads, 0)
+    stop_M = tl.load(LENGTHS + row_M // width) + (row_M * 0 if HAS_OWN else row_M % width + 1)
+    dims = tl.arange(0, BLOCK_H)
+    is_dim = dims < H
+    wait(HOPPER)
+    _fold_all(ACC, PEAK, TOTAL, OUT, num_rows, num_heads, num_splits, heads_M, is_head, stop_M, dims, is_dim,
+              H, BLOCK_H, HAS_OWN, FIRST, SHARE, DOUBLINGS, TILE_M, AHEAD)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SHAPES)
@@ -246,7 +314,7 @@ def read_all(
     kp, ks, kg, vp, vs, vg, scale, table_pages, width, num_groups,
     GROUP: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, S: tl.constexpr, HAS_OWN: tl.constexpr,
     FIRST: tl.constexpr, SHARE: tl.constexpr, DOUBLINGS: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_K: tl.constexpr, BY: tl.constexpr, HOPPER: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_K: tl.constexpr, BY: tl.constexpr, LATE: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries from its first key to its last: the folds of `merge` without the scratch."""
     follow(HOPPER)
@@ -254,20 +322,20 @@ def read_all(
     b, g = (tl.program_id(1) // num_groups).to(tl.int64), tl.program_id(1) % num_groups
     dims = tl.arange(0, BLOCK_H)
     is_dim = dims < H
-    heads_M, is_query, stop_M = _queries(b, g, tile, tl.load(LENGTHS + b), width, num_groups * GROUP,
+    heads_M, is_query, stop_M, low, high = _queries(b, g, tile, tl.load(LENGTHS + b), width, num_groups * GROUP,
                                          GROUP, TILE_M, HAS_OWN)  # fmt: skip
     q = tl.load(Q + heads_M[:, None] * H + dims[None, :], mask=is_dim[None, :], other=0.0)
     TABLE = TABLES + b * table_pages
-    num_splits = _num_splits(tl.max(stop_M, 0), FIRST, SHARE, DOUBLINGS)
+    num_splits = _num_splits(high, FIRST, SHARE, DOUBLINGS)
     acc, peak, total = _none(TILE_M, BLOCK_H)
     for part in range(0, num_splits + HAS_OWN):
-        k_part, v_part, kp_, ks_, vp_, vs_, first, last, stop_, is_own = _part(
+        k_part, v_part, kp_, ks_, vp_, vs_, first, last, stop_, low_, is_own = _part(
             part, num_splits, K, V, OWN_K, OWN_V, WIDTHS, kp, ks, kg, vp, vs, vg, b, g, width, num_groups, stop_M,
-            FIRST, SHARE, DOUBLINGS, H, S, HAS_OWN,
+            low, high, FIRST, SHARE, DOUBLINGS, H, S, HAS_OWN,
         )  # fmt: skip
         page = _page(TABLE, first, table_pages, is_own, S, TILE_K)
         one_acc, one_peak, one_total = _read(q, k_part, v_part, TABLE, table_pages, page, kp_, ks_, vp_, vs_, first,
-                                             last, stop_, is_own, dims, is_dim, scale, S, TILE_M, TILE_K,
-                                             H, BLOCK_H, BY)  # fmt: skip
+                                             last, stop_, low_, is_own, dims, is_dim, scale, S, TILE_M, TILE_K,
+                                             H, BLOCK_H, BY, LATE)  # fmt: skip
         acc, peak, total = _fold(acc, peak, total, one_acc, one_peak, one_total)
     _store(OUT, heads_M, acc, total, is_query, dims, is_dim, H)
