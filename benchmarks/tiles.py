@@ -2,12 +2,12 @@
 
     python benchmarks/tiles.py --model 8b                  # bf16 weights
     python benchmarks/tiles.py --model 8b --precision fp8  # the copies that drafts read
-    python benchmarks/tiles.py --model 8b --many           # lines for `linear.MANY`: more than 32 rows
+    python benchmarks/tiles.py --model 8b --rows 64 512    # lines for `linear.BY_ROWS`
 
 A choice is timed by what a pass runs (parts of qkv; o and down with residual and norm; gate_up with SwiGLU; the head's
 argmax), called for one weight after another, none of them in L2, in one graph. Its time is 2 x that of 32 rows + that
-of one row: a cycle and an AR step. With --many, what is found for one row is cut as it is and runs otherwise: for up to
-64 rows, up to 128, and more, for which what a row takes at 256, 512 and 2,048 counts. Compiling is spread over
+of one row: a cycle and an AR step. With --rows, what stands in the table is cut as it is, and found is how it runs best
+for up to so many rows; the most stand for 512 and 2,048, of which what a row takes counts. Compiling is spread over
 processes, which share Triton's cache.
 """
 
@@ -26,14 +26,14 @@ from benchmarks.gpu import COLD_BYTES, MODELS, microseconds, product_shapes
 from torch import Tensor
 
 from orthrus.engine.kernels import head, linear
-from orthrus.engine.kernels.linear import SHARED_BYTES, Tiles, tiles_of_shape
+from orthrus.engine.kernels.linear import ROWS, SHARED_BYTES, Tiles, tiles_of_shape
 from orthrus.engine.quantise import quantise_weight
 
 REPLAYS = 8
 FEW_ROWS = {32: 2.0, 1: 1.0}
 """Rows that a choice is timed at, and the weight of each: a cycle and an AR step."""
-MANY_ROWS = {64: {64: 1.0}, 128: {128: 1.0}, 512: {256: 1 / 256, 512: 1 / 512, 2048: 1 / 2048}}
-"""The same for --many, by those of `linear.MANY_ROWS`."""
+BY_ROWS = {rows: {rows: 1.0} for rows in ROWS[:-1]} | {ROWS[-1]: {ROWS[-1]: 1 / ROWS[-1], 2048: 1 / 2048}}
+"""The same for --rows."""
 SPLITS = {"head": (1,), "gate_up": (1, 2), "down": (2, 3, 4, 6, 8), "qkv": (1, 2, 3, 4), "o": (1, 2, 3, 4, 6)}
 
 
@@ -47,7 +47,7 @@ def choices(name: str, weight_bytes: int) -> Iterator[Tiles]:
             yield Tiles(block_e, block_k, splits, warps, stages)
 
 
-def many_choices(tiles: Tiles, weight_bytes: int, most: int) -> Iterator[Tiles]:
+def executions(tiles: Tiles, weight_bytes: int, most: int) -> Iterator[Tiles]:
     """The same cut of a sum, run otherwise, for up to so many rows."""
     yield tiles
     for (block_e, warps), stages in itertools.product(((64, 4), (128, 4), (128, 8), (256, 8)), (2, 3, 4, 6)):
@@ -135,26 +135,24 @@ def line(model: str, name: str, key: tuple[int, int, int], found: str, rows: dic
 
 
 def main() -> None:
-    """Print a line of `linear.TILES` or `linear.MANY` for each product, and all as JSON last."""
+    """Print a line of `linear.TILES` or `linear.BY_ROWS` for each product, and all as JSON last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, nargs="+", required=True)
     parser.add_argument("--product", choices=SPLITS, nargs="+", default=list(SPLITS))
     parser.add_argument("--precision", choices=("bf16", "fp8"), nargs="+", default=["bf16"])
-    parser.add_argument("--many", action="store_true", help="lines of linear.MANY: more than 32 rows")
+    parser.add_argument("--rows", type=int, choices=ROWS, nargs="+", help="lines of linear.BY_ROWS")
     parser.add_argument("--processes", type=int, default=15)
     options = parser.parse_args()
     begun = time.perf_counter()
-    linear.MANY.clear()  # it would stand in for what is tried
+    linear.BY_ROWS.clear()  # it would stand in for what is tried
     lines = []
-    for precision, most in itertools.product(options.precision, MANY_ROWS if options.many else (None,)):
+    for precision, most in itertools.product(options.precision, options.rows or (None,)):
         weight_bytes = 1 if precision == "fp8" else 2
-        rows = FEW_ROWS if most is None else MANY_ROWS[most]
+        rows = FEW_ROWS if most is None else BY_ROWS[most]
         tried = {}
         for model, name in itertools.product(options.model, options.product):
             key = (*product_shapes(MODELS[model])[name], weight_bytes)
-            some = (
-                choices(name, weight_bytes) if most is None else many_choices(tiles_of_shape(*key), weight_bytes, most)
-            )
+            some = choices(name, weight_bytes) if most is None else executions(tiles_of_shape(*key), weight_bytes, most)
             tried[model, name] = list(dict.fromkeys(some))
         work = dict.fromkeys((name, tiles) for (_, name), some in tried.items() for tiles in some)
         compile_all(list(work), precision == "fp8", tuple(rows)[:1], options.processes)

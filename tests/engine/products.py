@@ -19,7 +19,10 @@ SHAPES = {
 }
 
 NUM_ROWS = 130
-"""More than any tile of rows holds, and than any product spreads the parts of its sums for."""
+"""More than any tile of rows holds, and than products here spread the parts of their sums for."""
+
+SPREAD_ROWS = 128
+"""Instead of linear.MAX_SPREAD_ROWS, beyond which the interpreter would take long."""
 
 PLACES = {
     "alone": [7],
@@ -33,6 +36,7 @@ PLACES = {
 def cut(monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[int, int]:
     """Have products of this shape cut as SHAPES says, whatever the dtype. (outputs, inputs)."""
     num_outputs, width, tiles = SHAPES[name]
+    monkeypatch.setattr(linear, "MAX_SPREAD_ROWS", SPREAD_ROWS)
     for weight_bytes in (1, 2, 4):
         monkeypatch.setitem(linear.TILES, (num_outputs, width, weight_bytes), tiles)
     return num_outputs, width

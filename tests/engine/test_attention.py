@@ -15,10 +15,7 @@ from tests.engine.passes import fp32, in_fp32, of_rows, planted, random_pages
 attention = pytest.importorskip("orthrus.engine.kernels.attention")
 
 SCALE = 0.3
-TILES = (
-    dict(TILE_M=16, LATE=True, num_warps=4, num_stages=1),
-    dict(TILE_M=64, LATE=False, num_warps=4, num_stages=1),
-)
+TILES = (dict(TILE_M=16, num_warps=4, num_stages=1), dict(TILE_M=64, num_warps=4, num_stages=1))
 
 REAL = {name: getattr(attention, name) for name in ("FIRST_SLOTS", "SHARE", "DOUBLINGS", "TILE_K", "MERGE")}
 
@@ -45,12 +42,6 @@ def as_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def spread_by(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     monkeypatch.setattr(attention, "SCRATCH_BYTES", HOW[how])
-
-
-def read_by(monkeypatch: pytest.MonkeyPatch, *, late: bool) -> None:
-    for name in ("PART_TILES", "WIDE_TILES", "ALL_TILES"):
-        tiles = getattr(attention, name)
-        monkeypatch.setattr(attention, name, {size: tile | dict(LATE=late) for size, tile in tiles.items()})
 
 
 def heads(num_rows: int, num_heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -88,13 +79,11 @@ def check_twin(lengths: list[int], width: int, shape: tuple[int, int, int], *, p
     torch.testing.assert_close(fast, slow)
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["in turn", "late"])
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("drafts", [False, True], ids=["ar", "draft"])
-def test_a_pass_mixes_as_its_twin(monkeypatch, how: str, drafts: bool, late: bool) -> None:
+def test_a_pass_mixes_as_its_twin(monkeypatch, how: str, drafts: bool) -> None:
     """Lengths around pages and splits; a draft block of more than a tile; pages of 1/2, 3/2 and 2 tiles."""
     spread_by(monkeypatch, how)
-    read_by(monkeypatch, late=late)
     check_twin([0, 129], 17, (2, 1, 16), page_slots=8, drafts=drafts)
     check_twin([31, 126, 1], 1, (7, 1, 20), page_slots=32, drafts=drafts)
     check_twin([95, 2], 2, (2, 2, 16), page_slots=24, drafts=drafts)
@@ -135,7 +124,6 @@ def check_bits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float
     """
     if DEVICE == "cpu":  # a GPU's fp32 products are summed as a tile's shape has it: there, the tiles that are used
         monkeypatch.setattr(attention, "PART_TILES", {2: TILES[0], 4: TILES[0]})
-        monkeypatch.setattr(attention, "WIDE_TILES", {2: TILES[1], 4: TILES[1]})
         monkeypatch.setattr(attention, "ALL_TILES", {2: TILES[1], 4: TILES[1]})
     width, lengths = 6, [0, 31, 125]
     spread_by(monkeypatch, "whole rows")
@@ -171,8 +159,8 @@ def test_a_position_has_its_bits_in_any_pass(monkeypatch, dtype: torch.dtype) ->
     ("old", "new", "message"),
     [
         pytest.param(
-            "            low, high, FIRST, SHARE,",
-            "            low, high, FIRST * 2, SHARE,",
+            "            stop_M, low, high, FIRST, SHARE,",
+            "            stop_M, low, high, FIRST * 2, SHARE,",
             "pass is spread", id="other splits for whole rows",
         ),
         pytest.param(
@@ -197,50 +185,23 @@ def test_a_broken_clause_is_noticed(monkeypatch, tmp_path: Path, old: str, new: 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize(
-    ("late", "old", "new"),
+    ("old", "new"),
     [
-        (False, "slots[None, :] < stop_M[:, None]", "slots[None, :] <= stop_M[:, None]"),
-        (True, "slots[None, :] < tl.minimum(stop_M, last)", "slots[None, :] <= tl.minimum(stop_M, last)"),
-        (False, "tl.minimum(low, last)", "last"),
-        (True, "tl.minimum(low, last)", "last"),
+        ("slots[None, :] < stop_M[:, None]", "slots[None, :] <= stop_M[:, None]"),
+        ("tl.minimum(low, last) - first", "tl.minimum(tl.max(stop_M, 0), last) - first"),
         (
-            False,
             "_at(V, page, at, vp, vs, dims, S, TILE_K), mask=is_there",
             "_at(V, page, at, vp, vs, dims, S, TILE_K), mask=is_dim[None, :]",
         ),
-        (True, "at > first, last + TILE_K, first", "at > first, at + TILE_K, first"),
-        (True, "at > first, last + TILE_K, first", "at >= first, last + TILE_K, first"),
-        (True, "first < last, last + TILE_K, first)", "first < last, last, first)"),
-        (False, "tl.constexpr(-1.0e30)", 'tl.constexpr(-float("inf"))'),
+        ("tl.constexpr(-1.0e30)", 'tl.constexpr(-float("inf"))'),
     ],
-    ids=[
-        "a key too many", "a key too many, late", "a tile not masked", "a tile not masked, late",
-        "values behind the end", "values behind the end, late", "values before the first", "values left out",
-        "NaN for no keys",
-    ],
-)  # fmt: skip
-def test_a_wrong_mask_is_noticed(monkeypatch, tmp_path: Path, late: bool, old: str, new: str) -> None:
-    read_by(monkeypatch, late=late)
+    ids=["a key too many", "a tile not masked", "values behind the end", "NaN for no keys"],
+)
+def test_a_wrong_mask_is_noticed(monkeypatch, tmp_path: Path, old: str, new: str) -> None:
     monkeypatch.setattr(attention, "kernels", planted(attention.attention_kernels, tmp_path, old=old, new=new))
     spread_by(monkeypatch, "whole rows")
     with pytest.raises(AssertionError, match="not close"):
         check_twin([29], 5, (4, 2, 16), page_slots=8, drafts=False)
-
-
-@pytest.mark.parametrize("drafts", [False, True], ids=["ar", "draft"])
-def test_the_last_program_folds_as_the_second_kernel(monkeypatch, drafts: bool) -> None:
-    """The same bits, and zeros are left for the next pass."""
-    monkeypatch.setattr(attention, "FOLD_HEADS", 8)
-    width, lengths = 2, [0, 31, 125]
-    pages = random_pages(lengths, width, num_groups=2, head_dim=16, page_slots=8, table_pages=24)
-    q = heads(len(lengths) * width, 6, 16)
-    own = own_block(len(q), 2, 16) if drafts else None
-    widths = torch.tensor([2, 1, 2], dtype=torch.int32, device=DEVICE) if drafts else None
-    how: dict[str, Any] = dict(width=width, scale=SCALE, own=own, widths_B=widths)
-    counts = torch.zeros(len(lengths) * 2, dtype=torch.int32, device=DEVICE)
-    for _ in range(2):
-        folded = attention.attend(q, pages, counts=counts, **how)
-        assert torch.equal(folded, attention.attend(q, pages, **how)) and not counts.any()
 
 
 def test_a_row_of_padding_is_zero() -> None:
@@ -277,3 +238,18 @@ def test_the_scratch_stays_small(monkeypatch) -> None:
     short = pages._replace(tables_BM=pages.tables_BM[:, :16])
     alone = attention.spread(torch.Size((1, 32, 128)), short, width=1, element_size=2)
     assert (alone.num_tiles, alone.num_splits) == (1, 4)
+
+
+def test_many_wide_rows_are_read_whole(monkeypatch) -> None:
+    """Where programs suffice, but not for the single position of plain decoding, nor for narrow blocks."""
+    as_it_runs(monkeypatch)
+    pool = torch.empty(1, 64, 8, 128)
+
+    def is_whole(num_rows: int, width: int) -> bool:
+        pages = Pages(pool, pool, torch.empty(num_rows, 16), torch.empty(num_rows))
+        shape = torch.Size((num_rows * width, 32, 128))
+        return attention.spread(shape, pages, width=width, element_size=2).num_splits == 0
+
+    assert [is_whole(num_rows, 32) for num_rows in (1, 4, 8, 64)] == [False, False, True, True]
+    assert [is_whole(num_rows, 8) for num_rows in (16, 32)] == [False, True]
+    assert not any(is_whole(64, width) for width in (1, 4))

@@ -23,8 +23,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from orthrus.engine.kernels import attention_kernels, place_kernels
-from orthrus.engine.kernels.attention import ALL_TILES, MERGE, PART_TILES, TILE_K, WIDE_TILES
-from orthrus.engine.kernels.attention import DOUBLINGS, FIRST_SLOTS, SHARE
+from orthrus.engine.kernels.attention import ALL_TILES, DOUBLINGS, FIRST_SLOTS, MERGE, PART_TILES, SHARE, TILE_K
 from orthrus.engine.kernels.place import TILE
 
 FP32 = dict.fromkeys(("ACC", "PEAK", "TOTAL", "QKV"), "*fp32")
@@ -66,18 +65,16 @@ def split(tile):
 
 HEADS = dict(H=128, BLOCK_H=128, HOPPER=True, FIRST=FIRST_SLOTS, SHARE=SHARE, DOUBLINGS=DOUBLINGS)
 READ = HEADS | dict(GROUP=4, S=64, TILE_K=TILE_K[2], BY="tf32")
-TWO = dict(HEADS_FIRST=False, FOLD_M=0, COUNTS=None, OUT=None)
 AR, DRAFT = dict(OWN_K=None, OWN_V=None, WIDTHS=None, HAS_OWN=False), dict(HAS_OWN=True)
-few, more, many = split(PART_TILES[2]), split(WIDE_TILES[2]), split(ALL_TILES[2])
+few, many = split(PART_TILES[2]), split(ALL_TILES[2])
 products = set()
-for options, tile in (few, more, many):
+for options, tile in (few, many):
     for how in (AR, DRAFT):
-        code = ptx(attention_kernels.read_part, options, **READ | TWO | tile | how)
+        code = ptx(attention_kernels.read_part, options, **READ | tile | how)
         copied = code.count("cp.async.cg.shared.global") * 16 * 32 * options["num_warps"]
         num_tiles = copied / (2 * TILE_K[2] * 128 * 2)  # of keys and values: those before a loop and one in it
-        # Two loops: tiles that all queries see, and the rest; or one.
-        loops = 1 if tile["LATE"] else 2
-        assert num_tiles == loops * options["num_stages"], f"too few keys are loaded ahead: {num_tiles} tiles"
+        # Two loops: tiles that all queries see, and the rest.
+        assert num_tiles == 2 * options["num_stages"], f"too few keys are loaded ahead: {num_tiles} tiles"
         assert not spilled(code), f"registers spill: {tile}, {how}"
         check_wait(code, num_ahead=3 if how is DRAFT else 2)
         products.add(frozenset(re.findall(r"wgmma[.]mma_async\\S*", code)))

@@ -178,7 +178,7 @@ def test_larger_tiles_for_many_rows_change_no_bit(name: str, monkeypatch: pytest
     after = epilogue(names, NUM_ROWS, num_outputs, torch.float32) | {scale_name: None}
     expected, largest = run(x, weight, **after), head_argmax(x, weight)
     few, larger = kernels.tiles_of(weight), kernels.Execution(128, 8, 2)
-    monkeypatch.setitem(kernels.MANY, (num_outputs, width, weight.element_size()), {64: larger, 512: larger})
+    monkeypatch.setitem(kernels.BY_ROWS, (num_outputs, width, weight.element_size()), {64: larger, 256: larger})
     for num_rows in (40, 64, NUM_ROWS):
         some, of_some = x[:num_rows], of_rows(after, list(range(num_rows)))
         assert kernels.settings(some, weight, few)["BLOCK_E"] == 128 != few.BLOCK_E
@@ -188,12 +188,11 @@ def test_larger_tiles_for_many_rows_change_no_bit(name: str, monkeypatch: pytest
 
 def test_larger_tiles_are_for_as_many_rows_as_they_were_measured_at(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.zeros(96, 32)
-    named = {rows: kernels.Execution(rows, 4, 2) for rows in (64, 512)}
-    monkeypatch.setitem(kernels.MANY, (96, 32, 4), named)
-    found = {rows: kernels.execution_of(weight, rows) for rows in (1, 32, 33, 64, 65, 128, 129, 512, 4096)}
-    assert found == dict.fromkeys((33, 64), named[64]) | dict.fromkeys((129, 512, 4096), named[512]) | dict.fromkeys(
-        (1, 32, 65, 128)
-    )
+    named = {rows: kernels.Execution(rows, 4, 2) for rows in (16, 64, 512)}
+    monkeypatch.setitem(kernels.BY_ROWS, (96, 32, 4), named)
+    for measured, some in ((16, (1, 16)), (64, (33, 64)), (512, (257, 512, 4096))):
+        assert {kernels.execution_of(weight, rows) for rows in some} == {named[measured]}
+    assert {kernels.execution_of(weight, rows) for rows in (17, 32, 65, 128, 129, 256)} == {None}
 
 
 def test_a_sum_in_other_parts_has_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:

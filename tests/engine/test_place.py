@@ -15,7 +15,7 @@ from tests.engine.passes import of_rows, planted, random_pages
 place = pytest.importorskip("orthrus.engine.kernels.place")
 from orthrus.engine.kernels import linear  # noqa: E402
 from orthrus.engine.kernels.linear import Tiles  # noqa: E402
-from tests.engine.products import draw, weight_of  # noqa: E402
+from tests.engine.products import SPREAD_ROWS, draw, weight_of  # noqa: E402
 
 LENGTHS, WIDTH = [0, 14], 3
 SHAPES = [(4, 2, 64), (7, 1, 80), (3, 3, 96), (8, 1, 128)]
@@ -118,6 +118,7 @@ def test_projecting_and_placing_is_one_after_the_other(
     num_outputs, width, tiles = SPLIT
     for num_bytes in (1, 2, 4):
         monkeypatch.setitem(linear.TILES, (num_outputs, width, num_bytes), tiles)
+    monkeypatch.setattr(linear, "MAX_SPREAD_ROWS", SPREAD_ROWS)
     lengths = [(7 * i) % 20 for i in range(num_sequences)]
     assert (num_sequences * WIDTH > linear.MAX_SPREAD_ROWS) == (num_sequences == 44)
     _, pages, rotary, head_norms = inputs((5, 2, 16), dtype, norms=norms, lengths=lengths)

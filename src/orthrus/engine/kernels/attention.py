@@ -34,44 +34,32 @@ LOG2E = 1.4426950408889634
 FIRST_SLOTS = 256
 """Slots of the first splits, a multiple of every TILE_K."""
 
-SHARE = 4
+SHARE = 8
 """A split doubles in size when SHARE of that size lie before it: it has at most a SHARE-th of the slots before it."""
 
-DOUBLINGS = 2
+DOUBLINGS = 3
 """How often splits double: the largest have FIRST_SLOTS << DOUBLINGS slots."""
 
 TILE_K = {2: 64, 4: 32}
 """Slots of a tile, by bytes of an element. A constant: it decides the order of sums."""
 
-PART_TILES = {
-    2: dict(TILE_M=64, LATE=False, num_warps=4, num_stages=3),
-    4: dict(TILE_M=32, LATE=False, num_warps=4, num_stages=1),
-}
+PART_TILES = {2: dict(TILE_M=64, num_warps=4, num_stages=3), 4: dict(TILE_M=32, num_warps=4, num_stages=1)}
 """Query heads of a program that reads one split, by bytes of an element. Two programs of 64 a multiprocessor were
 faster on an H200 than one of 128, though both read the keys (docs/experiments.md)."""
 
-WIDE_TILES = PART_TILES
-"""The same where there are more query heads than PART_TILES has: keys could be read once for twice as many."""
-
-ALL_TILES = {
-    2: dict(TILE_M=128, LATE=False, num_warps=8, num_stages=3),
-    4: dict(TILE_M=32, LATE=False, num_warps=4, num_stages=1),
-}
+ALL_TILES = {2: dict(TILE_M=128, num_warps=8, num_stages=3), 4: dict(TILE_M=32, num_warps=4, num_stages=1)}
 """Query heads of a program that reads all of a row. In bf16 a warp has 16 of them and all slots of a tile in either
 size, so both give a query the same bits."""
 
-MERGE = dict(TILE_M=4, num_warps=4, AHEAD=8)
+MERGE = dict(TILE_M=4, num_warps=4, AHEAD=16)
 """Query heads that a program folds the states of, a warp each, and how many states it loads at a time."""
-
-FOLD_HEADS = 4
-"""Query heads of a key head that the last program to end folds, where it is given counts; more have `merge`, which has
-more programs. A power of two."""
-
-HEADS_FIRST = False
-"""Whether programs of all key heads of a split follow each other, or those of all splits of a key head."""
 
 ALL_PROGRAMS = 128
 """Programs of whole rows that suffice where the scratch would exceed SCRATCH_BYTES: about one a multiprocessor."""
+
+ALL_HEADS = dict(of_a_pass=8192, of_a_key=32)
+"""Query heads of a pass, and of a key head and row, from which on whole rows are faster, in any scratch: on an H200 at
+the shapes of Qwen3-8B and 1.7B, 1k and 8k slots, 1 to 64 rows of 1 to 32 positions (docs/experiments.md)."""
 
 SCRATCH_BYTES = 64 << 20
 
@@ -95,13 +83,8 @@ def attend(
     scale: float,
     own: tuple[Tensor, Tensor] | None = None,
     widths_B: Tensor | None = None,
-    counts: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention of a pass, as `reference.attend`; 0 for a query that sees no key. [R, N * H].
-
-    counts: zeros, at least B * G, int32; who passes them has all passes that do so on one stream. With them a pass of
-    at most FOLD_HEADS query heads a key head is one kernel, which leaves them zero.
-    """
+    """Softmax attention of a pass, as `reference.attend`; 0 for a query that sees no key. [R, N * H]."""
     num_rows, num_heads, head_dim = q_RNH.shape
     num_slots, num_groups = pages.keys_PSGH.shape[1:3]
     _check(q_RNH, pages, width=width, scale=scale, own=own, widths_B=widths_B)
@@ -127,15 +110,10 @@ def attend(
     num_parts = plan.num_splits + (own is not None)
     acc = q_RNH.new_empty(num_parts, num_rows, num_heads, head_dim, dtype=torch.float32)
     peak, total = q_RNH.new_empty(2, num_parts, num_rows, num_heads, dtype=torch.float32)
-    programs = plan.num_tiles * num_parts
-    folds = counts is not None and plan.num_tiles == 1 and width * num_heads // num_groups <= FOLD_HEADS
-    kernels.read_part[(heads, programs) if HEADS_FIRST else (programs, heads)](
-        *read, acc, peak, total, *((counts, out) if folds else (None, None)), *strides, by_2, table_pages, num_rows,
-        width, num_groups, plan.num_tiles, plan.num_splits, HEADS_FIRST=HEADS_FIRST,
-        FOLD_M=FOLD_HEADS if folds else 0, **sizes_of_read,
+    kernels.read_part[heads, plan.num_tiles * num_parts](
+        *read, acc, peak, total, *strides, by_2, table_pages, num_rows, width, num_groups, plan.num_tiles,
+        plan.num_splits, **sizes_of_read,
     )  # fmt: skip
-    if folds:
-        return out.flatten(1)
     kernels.merge[(triton.cdiv(num_rows * num_heads, MERGE["TILE_M"]),)](
         acc, peak, total, pages.lengths_B, out, num_rows, width, num_heads, plan.num_splits,
         **MERGE, **sizes,
@@ -159,11 +137,11 @@ def spread(shape: torch.Size, pages: Pages, *, width: int, element_size: int) ->
     is_small = _scratch_bytes(splits, num_rows * num_heads, head_dim) <= SCRATCH_BYTES
     by_row = ALL_TILES[element_size]
     num_tiles = triton.cdiv(width * num_heads // num_groups, by_row["TILE_M"])
-    if not is_small and num_tiles * num_batch * num_groups >= ALL_PROGRAMS:
+    is_many = num_tiles * num_batch * num_groups >= ALL_PROGRAMS and not is_small
+    of_a_key = width * num_heads // num_groups
+    if is_many or (num_rows * num_heads >= ALL_HEADS["of_a_pass"] and of_a_key >= ALL_HEADS["of_a_key"]):
         return Plan(num_tiles, by_row, 0)
     by_split = PART_TILES[element_size]
-    if width * num_heads // num_groups > by_split["TILE_M"]:
-        by_split = WIDE_TILES[element_size]
     return Plan(triton.cdiv(width * num_heads // num_groups, by_split["TILE_M"]), by_split, splits)
 
 

@@ -61,13 +61,9 @@ def _page(TABLE, at, table_pages, is_own, S: tl.constexpr, TILE_K: tl.constexpr)
 
     Needs no length, so that it is looked up while the length is; a page behind a row's last is never read.
     """
-    if TILE_K == 2 * S:  # two numbers instead of as many as slots
-        first = _page(TABLE, at, table_pages, is_own, S, S)
-        return tl.where(tl.arange(0, TILE_K) < S, first, _page(TABLE, at + S, table_pages, is_own, S, S))
-    else:
-        index = (at if S % TILE_K == 0 else at + tl.arange(0, TILE_K)) // S
-        page = tl.load(TABLE + tl.minimum(index, table_pages - 1))
-        return tl.where(is_own, index, page).to(tl.int64)
+    index = (at if S % TILE_K == 0 else at + tl.arange(0, TILE_K)) // S
+    page = tl.load(TABLE + tl.minimum(index, table_pages - 1))
+    return tl.where(is_own, index, page).to(tl.int64)
 
 
 @triton.jit
@@ -81,78 +77,46 @@ def _at(X, page, at, page_stride, stride, dims, S: tl.constexpr, TILE_K: tl.cons
 
 
 @triton.jit
-def _weigh(peak, total, scores, scale):
-    """Weights of a tile's keys, what fades values mixed before, peak and total; -inf: a key a query does not see."""
+def _add_tile(acc, peak, total, q, k, v, slots, stop_M, scale, MASKED: tl.constexpr, BY: tl.constexpr):
+    """A state with a tile of keys in it; MASKED: of which a query sees those below its `stop`."""
+    scores = tl.dot(q, tl.trans(k), input_precision=BY)
+    if MASKED:
+        scores = tl.where(slots[None, :] < stop_M[:, None], scores, -float("inf"))
     top = tl.maximum(peak, tl.max(scores, 1) * scale)
     shift = tl.broadcast_to(-top[:, None], scores.shape)
     weights = tl.exp2(tl.fma(scores, tl.full(scores.shape, scale, tl.float32), shift))
     fade = tl.exp2(peak - top)
-    return weights, fade, top, tl.fma(total, fade, tl.sum(weights, 1))
-
-
-@triton.jit
-def _mix(acc, fade, weights, v, BY: tl.constexpr):
-    """Values mixed before, and those of a tile."""
-    return tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=BY)
-
-
-@triton.jit
-def _tile(X, page, at, page_stride, stride, dims, is_dim, S: tl.constexpr, TILE_K: tl.constexpr, H: tl.constexpr,
-          BLOCK_H: tl.constexpr):  # fmt: skip
-    """The keys or values of a tile that lies before the end. [TILE_K, BLOCK_H]."""
-    x = _at(X, page, at, page_stride, stride, dims, S, TILE_K)
-    if H == BLOCK_H:
-        return tl.load(x)
-    else:
-        return tl.load(x, mask=is_dim[None, :], other=0.0)
+    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=BY)
+    return acc, top, tl.fma(total, fade, tl.sum(weights, 1))
 
 
 @triton.jit
 def _read(q, K, V, TABLE, table_pages, page, kp, ks, vp, vs, first, last, stop_M, low, is_own, dims, is_dim, scale,
           S: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
-          BY: tl.constexpr, LATE: tl.constexpr):  # fmt: skip
+          BY: tl.constexpr):  # fmt: skip
     """The state of the keys at slots first .. last - 1, of which a query sees those below its `stop`.
 
     Tiles that all queries see are read without masks, the rest with; on those both compute the same. A tile's page is
-    looked up one tile ahead: keys are copied ahead only if their addresses wait for no load. LATE: a tile's values are
-    mixed one tile late, which the tensor cores do while the next tile goes through the softmax. Numbers are the same.
+    looked up one tile ahead: keys are copied ahead only if their addresses wait for no load.
     """
     acc, peak, total = _none(TILE_M, BLOCK_H)
     some = first + tl.maximum(tl.minimum(low, last) - first, 0) // TILE_K * TILE_K
-    if LATE:
-        fade, weights = tl.full([TILE_M], 1.0, tl.float32), tl.zeros([TILE_M, TILE_K], tl.float32)
-        before = page
-        for at in range(first, tl.where(first < last, last + TILE_K, first), TILE_K):
-            slots = at + tl.arange(0, TILE_K)
-            is_key = (slots < last)[:, None] & is_dim[None, :]
-            is_value = (slots < tl.where(at > first, last + TILE_K, first))[:, None] & is_dim[None, :]
-            k = tl.load(_at(K, page, at, kp, ks, dims, S, TILE_K), mask=is_key, other=0.0)
-            v = tl.load(_at(V, before, at - TILE_K, vp, vs, dims, S, TILE_K), mask=is_value, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision=BY)
-            acc = _mix(acc, fade, weights, v, BY)
-            if at >= some:
-                scores = tl.where(slots[None, :] < tl.minimum(stop_M, last)[:, None], scores, -float("inf"))
-            weights, fade, peak, total = _weigh(peak, total, scores, scale)
-            before = _page(TABLE, at, table_pages, is_own, S, TILE_K)
-            page = _page(TABLE, at + TILE_K, table_pages, is_own, S, TILE_K)
-    else:
-        for at in range(first, some, TILE_K):
-            k = _tile(K, page, at, kp, ks, dims, is_dim, S, TILE_K, H, BLOCK_H)
-            v = _tile(V, page, at, vp, vs, dims, is_dim, S, TILE_K, H, BLOCK_H)
-            scores = tl.dot(q, tl.trans(k), input_precision=BY)
-            weights, fade, peak, total = _weigh(peak, total, scores, scale)
-            acc = _mix(acc, fade, weights, v, BY)
-            page = _page(TABLE, at + TILE_K, table_pages, is_own, S, TILE_K)
-        for at in range(some, last, TILE_K):
-            slots = at + tl.arange(0, TILE_K)
-            is_there = (slots < last)[:, None] & is_dim[None, :]
-            k = tl.load(_at(K, page, at, kp, ks, dims, S, TILE_K), mask=is_there, other=0.0)
-            v = tl.load(_at(V, page, at, vp, vs, dims, S, TILE_K), mask=is_there, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision=BY)
-            scores = tl.where(slots[None, :] < stop_M[:, None], scores, -float("inf"))
-            weights, fade, peak, total = _weigh(peak, total, scores, scale)
-            acc = _mix(acc, fade, weights, v, BY)
-            page = _page(TABLE, at + TILE_K, table_pages, is_own, S, TILE_K)
+    for at in range(first, some, TILE_K):
+        if H == BLOCK_H:
+            k = tl.load(_at(K, page, at, kp, ks, dims, S, TILE_K))
+            v = tl.load(_at(V, page, at, vp, vs, dims, S, TILE_K))
+        else:
+            k = tl.load(_at(K, page, at, kp, ks, dims, S, TILE_K), mask=is_dim[None, :], other=0.0)
+            v = tl.load(_at(V, page, at, vp, vs, dims, S, TILE_K), mask=is_dim[None, :], other=0.0)
+        acc, peak, total = _add_tile(acc, peak, total, q, k, v, at + tl.arange(0, TILE_K), stop_M, scale, False, BY)
+        page = _page(TABLE, at + TILE_K, table_pages, is_own, S, TILE_K)
+    for at in range(some, last, TILE_K):
+        slots = at + tl.arange(0, TILE_K)
+        is_there = (slots < last)[:, None] & is_dim[None, :]
+        k = tl.load(_at(K, page, at, kp, ks, dims, S, TILE_K), mask=is_there, other=0.0)
+        v = tl.load(_at(V, page, at, vp, vs, dims, S, TILE_K), mask=is_there, other=0.0)
+        acc, peak, total = _add_tile(acc, peak, total, q, k, v, slots, stop_M, scale, True, BY)
+        page = _page(TABLE, at + TILE_K, table_pages, is_own, S, TILE_K)
     return acc, peak, total
 
 
@@ -160,17 +124,18 @@ def _read(q, K, V, TABLE, table_pages, page, kp, ks, vp, vs, first, last, stop_M
 def _queries(b, g, tile, length, width, num_heads,
              GROUP: tl.constexpr, TILE_M: tl.constexpr, HAS_OWN: tl.constexpr):  # fmt: skip
     """A tile of the width * GROUP query heads that share a key head: their places among all R * N, which of them there
-    are, and where in the pages each stops seeing, the first and the last of them. Those that are not there do as the
-    last. (Of a tile, tl.min would be two barriers in each program.)"""
+    are, where in the pages each stops seeing, and the first and the last of these places, which reducing a tile would
+    find with two barriers. Those that are not there do as the last."""
     places, end = tile * TILE_M + tl.arange(0, TILE_M), width * GROUP - 1
     rows = tl.minimum(places, end)
     heads_M = (b * width + rows // GROUP) * num_heads + g * GROUP + rows % GROUP
     if HAS_OWN:
-        return heads_M, places < width * GROUP, length + rows * 0, length, length
+        stop_M, low, high = length + rows * 0, length, length
     else:
+        stop_M = length + rows // GROUP + 1
         low = length + tl.minimum(tile * TILE_M, end) // GROUP + 1
         high = length + tl.minimum(tile * TILE_M + TILE_M - 1, end) // GROUP + 1
-        return heads_M, places < width * GROUP, length + rows // GROUP + 1, low, high
+    return heads_M, places < width * GROUP, stop_M, low, high
 
 
 @triton.jit
@@ -205,24 +170,59 @@ def _part(part, num_splits, K, V, OWN_K, OWN_V, WIDTHS, kp, ks, kg, vp, vs, vg, 
     return K, V, kp, ks, vp, vs, first, tl.minimum(first + size, high), stop_M, low, is_own
 
 
-@triton.jit
-def _state(ACC, PEAK, TOTAL, part, num_rows, num_heads, heads_M, is_read, dims, is_dim, H: tl.constexpr):
-    """What `read_part` stored, or the state of no keys where a query sees none of the part's."""
-    at = part * num_rows * num_heads + heads_M
-    is_there = is_read[:, None] & is_dim[None, :]
-    acc = tl.load(ACC + at[:, None] * H + dims[None, :], mask=is_there, other=0.0, cache_modifier=".cg")
-    peak = tl.load(PEAK + at, mask=is_read, other=NOTHING, cache_modifier=".cg")
-    return acc, peak, tl.load(TOTAL + at, mask=is_read, other=0.0, cache_modifier=".cg")
+@triton.jit(do_not_specialize=SHAPES)
+def read_part(
+    Q, K, V, TABLES, LENGTHS, OWN_K, OWN_V, WIDTHS, ACC, PEAK, TOTAL,
+    kp, ks, kg, vp, vs, vg, scale, table_pages, num_rows, width, num_groups, num_tiles, num_splits,
+    GROUP: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, S: tl.constexpr, HAS_OWN: tl.constexpr,
+    FIRST: tl.constexpr, SHARE: tl.constexpr, DOUBLINGS: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_K: tl.constexpr, BY: tl.constexpr, HOPPER: tl.constexpr,
+):  # fmt: skip
+    """One part of one tile of queries: its state to the scratch, [U, R * N, H] and [U, R * N]. Part num_splits: own."""
+    let_next(HOPPER)
+    program = tl.num_programs(1) - 1 - tl.program_id(1)  # later splits are larger: those first
+    tile, part = program % num_tiles, program // num_tiles
+    b, g = (tl.program_id(0) // num_groups).to(tl.int64), tl.program_id(0) % num_groups
+    num_heads = num_groups * GROUP
+    dims = tl.arange(0, BLOCK_H)
+    is_dim = dims < H
+    heads_M, is_query, stop_M, low, high = _queries(b, g, tile, tl.load(LENGTHS + b), width, num_heads,
+                                                    GROUP, TILE_M, HAS_OWN)  # fmt: skip
+    K, V, kp, ks, vp, vs, first, last, stop_M, low, is_own = _part(
+        part, num_splits, K, V, OWN_K, OWN_V, WIDTHS, kp, ks, kg, vp, vs, vg, b, g, width, num_groups,
+        stop_M, low, high, FIRST, SHARE, DOUBLINGS, H, S, HAS_OWN,
+    )  # fmt: skip
+    TABLE = TABLES + b * table_pages
+    page = _page(TABLE, first, table_pages, is_own, S, TILE_K)
+    wait(HOPPER)
+    q = tl.load(Q + heads_M[:, None] * H + dims[None, :], mask=is_dim[None, :], other=0.0)
+    acc, peak, total = _read(q, K, V, TABLE, table_pages, page, kp, ks, vp, vs, first, last, stop_M, low, is_own,
+                             dims, is_dim, scale, S, TILE_M, TILE_K, H, BLOCK_H, BY)  # fmt: skip
+    to = part * num_rows * num_heads + heads_M
+    if (first < last) | is_own:
+        tl.store(ACC + to[:, None] * H + dims[None, :], acc, mask=is_query[:, None] & is_dim[None, :])
+        tl.store(PEAK + to, peak, mask=is_query)
+        tl.store(TOTAL + to, total, mask=is_query)
 
 
-@triton.jit
-def _fold_all(ACC, PEAK, TOTAL, OUT, num_rows, num_heads, num_splits, heads_M, is_head, stop_M, dims, is_dim,
-              H: tl.constexpr, BLOCK_H: tl.constexpr, HAS_OWN: tl.constexpr, FIRST: tl.constexpr, SHARE: tl.constexpr,
-              DOUBLINGS: tl.constexpr, TILE_M: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=SHAPES)
+def merge(
+    ACC, PEAK, TOTAL, LENGTHS, OUT, num_rows, width, num_heads, num_splits,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, HAS_OWN: tl.constexpr, FIRST: tl.constexpr, SHARE: tl.constexpr,
+    DOUBLINGS: tl.constexpr, TILE_M: tl.constexpr, AHEAD: tl.constexpr, HOPPER: tl.constexpr,
+):  # fmt: skip
     """A tile of query heads: the states of splits folded in ascending order, the own block's last.
 
     AHEAD states are loaded at a time, so that a row waits for memory once for as many.
     """
+    let_next(HOPPER)
+    heads_M = (tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)).to(tl.int64)
+    is_head = heads_M < num_rows * num_heads
+    row_M = tl.where(is_head, heads_M // num_heads, 0)
+    stop_M = tl.load(LENGTHS + row_M // width) + (row_M * 0 if HAS_OWN else row_M % width + 1)
+    dims = tl.arange(0, BLOCK_H)
+    is_dim = dims < H
+    wait(HOPPER)
     acc, peak, total = _none(TILE_M, BLOCK_H)
     if HAS_OWN:  # loaded with the first of the others, folded last
         own_acc, own_peak, own_total = _state(ACC, PEAK, TOTAL, num_splits, num_rows, num_heads, heads_M,
@@ -239,73 +239,12 @@ def _fold_all(ACC, PEAK, TOTAL, OUT, num_rows, num_heads, num_splits, heads_M, i
     _store(OUT, heads_M, acc, total, is_head, dims, is_dim, H)
 
 
-@triton.jit(do_not_specialize=SHAPES)
-def read_part(
-    Q, K, V, TABLES, LENGTHS, OWN_K, OWN_V, WIDTHS, ACC, PEAK, TOTAL, COUNTS, OUT,
-    kp, ks, kg, vp, vs, vg, scale, table_pages, num_rows, width, num_groups, num_tiles, num_splits,
-    GROUP: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, S: tl.constexpr, HAS_OWN: tl.constexpr,
-    FIRST: tl.constexpr, SHARE: tl.constexpr, DOUBLINGS: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_K: tl.constexpr, BY: tl.constexpr, LATE: tl.constexpr, HOPPER: tl.constexpr,
-    HEADS_FIRST: tl.constexpr, FOLD_M: tl.constexpr,
-):  # fmt: skip
-    """One part of one tile of queries: its state to the scratch, [U, R * N, H] and [U, R * N]. Part num_splits: own."""
-    let_next(HOPPER)
-    if HEADS_FIRST:
-        program, head = tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(0)
-    else:
-        program, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    tile, part = program % num_tiles, program // num_tiles  # later splits are larger: those first
-    b, g = (head // num_groups).to(tl.int64), head % num_groups
-    num_heads = num_groups * GROUP
-    dims = tl.arange(0, BLOCK_H)
-    is_dim = dims < H
-    heads_M, is_query, stop_M, low, high = _queries(b, g, tile, tl.load(LENGTHS + b), width, num_heads,
-                                         GROUP, TILE_M, HAS_OWN)  # fmt: skip
-    K, V, kp, ks, vp, vs, first, last, stop_M, low, is_own = _part(
-        part, num_splits, K, V, OWN_K, OWN_V, WIDTHS, kp, ks, kg, vp, vs, vg, b, g, width, num_groups, stop_M,
-        low, high, FIRST, SHARE, DOUBLINGS, H, S, HAS_OWN,
-    )  # fmt: skip
-    TABLE = TABLES + b * table_pages
-    page = _page(TABLE, first, table_pages, is_own, S, TILE_K)
-    wait(HOPPER)
-    q = tl.load(Q + heads_M[:, None] * H + dims[None, :], mask=is_dim[None, :], other=0.0)
-    acc, peak, total = _read(q, K, V, TABLE, table_pages, page, kp, ks, vp, vs, first, last, stop_M, low, is_own,
-                             dims, is_dim, scale, S, TILE_M, TILE_K, H, BLOCK_H, BY, LATE)  # fmt: skip
-    to = part * num_rows * num_heads + heads_M
-    if (first < last) | is_own:
-        tl.store(ACC + to[:, None] * H + dims[None, :], acc, mask=is_query[:, None] & is_dim[None, :])
-        tl.store(PEAK + to, peak, mask=is_query)
-        tl.store(TOTAL + to, total, mask=is_query)
-    if FOLD_M:
-        # The count says who folds, and nothing of the order. A barrier and an atomic that releases and acquires: the
-        # states of all programs are seen by the last. Only the first FOLD_M query heads of the tile are there.
-        tl.debug_barrier()
-        count = COUNTS + head * num_tiles + tile
-        if tl.atomic_add(count, 1, sem="acq_rel") == num_splits + HAS_OWN - 1:
-            all_M, is_there, stops_M, _, _ = _queries(b, g, tile * (TILE_M // FOLD_M), tl.load(LENGTHS + b),
-                                                      width, num_heads, GROUP, FOLD_M, HAS_OWN)  # fmt: skip
-            _fold_all(ACC, PEAK, TOTAL, OUT, num_rows, num_heads, num_splits, all_M, is_there, stops_M, dims, is_dim,
-                      H, BLOCK_H, HAS_OWN, FIRST, SHARE, DOUBLINGS, FOLD_M, 8)  # fmt: skip
-            tl.store(count, 0)
-
-
-@triton.jit(do_not_specialize=SHAPES)
-def merge(
-    ACC, PEAK, TOTAL, LENGTHS, OUT, num_rows, width, num_heads, num_splits,
-    H: tl.constexpr, BLOCK_H: tl.constexpr, HAS_OWN: tl.constexpr, FIRST: tl.constexpr, SHARE: tl.constexpr,
-    DOUBLINGS: tl.constexpr, TILE_M: tl.constexpr, AHEAD: tl.constexpr, HOPPER: tl.constexpr,
-):  # fmt: skip
-    """The states of a tile of query heads folded."""
-    let_next(HOPPER)
-    heads_M = (tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)).to(tl.int64)
-    is_head = heads_M < num_rows * num_heads
-    row_M = tl.where(is_head, heads_M // num_heads, 0)
-    stop_M = tl.load(LENGTHS + row_M // width) + (row_M * 0 if HAS_OWN else row_M % width + 1)
-    dims = tl.arange(0, BLOCK_H)
-    is_dim = dims < H
-    wait(HOPPER)
-    _fold_all(ACC, PEAK, TOTAL, OUT, num_rows, num_heads, num_splits, heads_M, is_head, stop_M, dims, is_dim,
-              H, BLOCK_H, HAS_OWN, FIRST, SHARE, DOUBLINGS, TILE_M, AHEAD)  # fmt: skip
+@triton.jit
+def _state(ACC, PEAK, TOTAL, part, num_rows, num_heads, heads_M, is_read, dims, is_dim, H: tl.constexpr):
+    """What `read_part` stored, or the state of no keys where a query sees none of the part's."""
+    at = part * num_rows * num_heads + heads_M
+    acc = tl.load(ACC + at[:, None] * H + dims[None, :], mask=is_read[:, None] & is_dim[None, :], other=0.0)
+    return acc, tl.load(PEAK + at, mask=is_read, other=NOTHING), tl.load(TOTAL + at, mask=is_read, other=0.0)
 
 
 @triton.jit(do_not_specialize=SHAPES)
@@ -314,7 +253,7 @@ def read_all(
     kp, ks, kg, vp, vs, vg, scale, table_pages, width, num_groups,
     GROUP: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, S: tl.constexpr, HAS_OWN: tl.constexpr,
     FIRST: tl.constexpr, SHARE: tl.constexpr, DOUBLINGS: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_K: tl.constexpr, BY: tl.constexpr, LATE: tl.constexpr, HOPPER: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_K: tl.constexpr, BY: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries from its first key to its last: the folds of `merge` without the scratch."""
     follow(HOPPER)
@@ -323,19 +262,19 @@ def read_all(
     dims = tl.arange(0, BLOCK_H)
     is_dim = dims < H
     heads_M, is_query, stop_M, low, high = _queries(b, g, tile, tl.load(LENGTHS + b), width, num_groups * GROUP,
-                                         GROUP, TILE_M, HAS_OWN)  # fmt: skip
+                                                    GROUP, TILE_M, HAS_OWN)  # fmt: skip
     q = tl.load(Q + heads_M[:, None] * H + dims[None, :], mask=is_dim[None, :], other=0.0)
     TABLE = TABLES + b * table_pages
     num_splits = _num_splits(high, FIRST, SHARE, DOUBLINGS)
     acc, peak, total = _none(TILE_M, BLOCK_H)
     for part in range(0, num_splits + HAS_OWN):
         k_part, v_part, kp_, ks_, vp_, vs_, first, last, stop_, low_, is_own = _part(
-            part, num_splits, K, V, OWN_K, OWN_V, WIDTHS, kp, ks, kg, vp, vs, vg, b, g, width, num_groups, stop_M,
-            low, high, FIRST, SHARE, DOUBLINGS, H, S, HAS_OWN,
+            part, num_splits, K, V, OWN_K, OWN_V, WIDTHS, kp, ks, kg, vp, vs, vg, b, g, width, num_groups,
+            stop_M, low, high, FIRST, SHARE, DOUBLINGS, H, S, HAS_OWN,
         )  # fmt: skip
         page = _page(TABLE, first, table_pages, is_own, S, TILE_K)
         one_acc, one_peak, one_total = _read(q, k_part, v_part, TABLE, table_pages, page, kp_, ks_, vp_, vs_, first,
                                              last, stop_, low_, is_own, dims, is_dim, scale, S, TILE_M, TILE_K,
-                                             H, BLOCK_H, BY, LATE)  # fmt: skip
+                                             H, BLOCK_H, BY)  # fmt: skip
         acc, peak, total = _fold(acc, peak, total, one_acc, one_peak, one_total)
     _store(OUT, heads_M, acc, total, is_query, dims, is_dim, H)

@@ -3,10 +3,10 @@
 At 1 to 128 rows such a product takes the time of reading the weight, which the kernels (`linear_kernels.py`) do once.
 A sum over D is cut into SPLITS parts, so that there is work for all multiprocessors; parts are fp32, scaled where rows
 are quantised, and added in order, and what follows (outputs' scale, bias, residual, SwiGLU) is done on the sum. Parts
-follow from E, D and the weight's dtype. The number of rows decides how large a tile is and how its programs run (MANY),
-which changes no row's sum, and that beyond MAX_SPREAD_ROWS, where rows are work enough, one program makes all parts of
-its tile and adds them in the same order. Nothing is fused into multiply-adds: a compiler may do so in one of the
-kernels and not in the other.
+follow from E, D and the weight's dtype. The number of rows decides how large a tile is and how its programs run
+(BY_ROWS), which changes no row's sum, and that beyond MAX_SPREAD_ROWS, where rows are work enough, one program makes all
+parts of its tile and adds them in the same order. Nothing is fused into multiply-adds: a compiler may do so in one of
+the kernels and not in the other.
 
     R = rows of a pass, D = inputs, E = outputs, F = width of the MLP
 """
@@ -79,24 +79,21 @@ them: two processes would disagree about bits."""
 
 
 class Execution(NamedTuple):
-    """How the programs of a product with more rows run: as in `Tiles`, and of no effect on bits."""
+    """How the programs of a product run, as in `Tiles`: what has no effect on bits."""
 
     BLOCK_E: int
     num_warps: int
     num_stages: int
 
 
-MANY: dict[tuple[int, int, int], dict[int, Execution]] = {}
-"""By (E, D, bytes of a weight) and one of MANY_ROWS, where measuring (`benchmarks/tiles.py --many`) found better than
-what few rows run with."""
+BY_ROWS: dict[tuple[int, int, int], dict[int, Execution]] = {}
+"""By (E, D, bytes of a weight) and one of ROWS, where measuring (`benchmarks/tiles.py --rows`) found better than what
+TILES say."""
 
-MANY_ROWS = (64, 128, 512)
+ROWS = (16, 32, 64, 128, 256, 512)
 """Up to so many rows run as that many were measured to; more as the last."""
 
-FEW_ROWS = 32
-"""Rows that TILES were measured for."""
-
-MAX_SPREAD_ROWS = 128
+MAX_SPREAD_ROWS = 256
 """With more rows than this the parts of a sum are not spread over programs: they would take memory, not save time."""
 
 SHARED_BYTES = 200 * 1024
@@ -123,12 +120,10 @@ def tiles_of_shape(num_outputs: int, width: int, weight_bytes: int) -> Tiles:
 
 
 def execution_of(weight_ED: Tensor, num_rows: int) -> Execution | None:
-    """That of MANY, if there is one for as many rows."""
+    """That of BY_ROWS for as many rows, if there is one."""
     num_outputs, width = weight_ED.shape
-    by_rows = MANY.get((num_outputs, width, weight_ED.element_size()))
-    if by_rows is None or num_rows <= FEW_ROWS:
-        return None
-    return by_rows.get(next((rows for rows in MANY_ROWS if num_rows <= rows), MANY_ROWS[-1]))
+    by_rows = BY_ROWS.get((num_outputs, width, weight_ED.element_size()), {})
+    return by_rows.get(next((rows for rows in ROWS if num_rows <= rows), ROWS[-1]))
 
 
 def linear(
