@@ -4,9 +4,9 @@ At 1 to 128 rows such a product takes the time of reading the weight, which the 
 A sum over D is cut into SPLITS parts, so that there is work for all multiprocessors; parts are fp32, scaled where rows
 are quantised, and added in order, and what follows (outputs' scale, bias, residual, SwiGLU) is done on the sum. Parts
 follow from E, D and the weight's dtype. The number of rows decides how large a tile is and how its programs run
-(BY_ROWS), which changes no row's sum, and that beyond MAX_SPREAD_ROWS, where rows are work enough, one program makes all
-parts of its tile and adds them in the same order. Nothing is fused into multiply-adds: a compiler may do so in one of
-the kernels and not in the other.
+(BY_ROWS), which changes no row's sum, and that beyond MAX_SPREAD_ROWS, where rows are work enough, one program makes
+all parts of its tile and adds them in the same order. Nothing is fused into multiply-adds: a compiler may do so in one
+of the kernels and not in the other.
 
     R = rows of a pass, D = inputs, E = outputs, F = width of the MLP
 """
