@@ -82,8 +82,8 @@ class Operands(TorchDispatchMode):
         self.found: list[tuple[str, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in self.NAMES:
+        name = func.overloadpacket.__name__.rstrip("_")
+        if name in self.NAMES and args[0].is_floating_point():  # integers are exact whatever they meet
             self.found.append((name, args[1]))
         return func(*args, **kwargs or {})
 
@@ -131,7 +131,7 @@ def test_the_mass_that_top_p_drops_is_rounded_as_transformers_rounds_it(num_toke
 
 
 def test_noise_does_not_depend_on_batch_or_block():
-    seeds = seed_tensor([3, 2**70 + 1, -5], CPU)
+    seeds = seed_tensor([3, 2**70 + 1, -5])
     positions = torch.arange(7)[None] + torch.tensor([[0], [1000], [5]])
     whole = gumbel(seeds, positions, 100)
     alone = gumbel(seeds[1:2], positions[1:2, 4:5], 100)
@@ -141,7 +141,7 @@ def test_noise_does_not_depend_on_batch_or_block():
 
 def test_noise_is_pinned():
     """Seeded text must not change between releases: these values are part of the interface."""
-    seeds, positions = seed_tensor([1234], CPU), torch.tensor([[17]])
+    seeds, positions = seed_tensor([1234]), torch.tensor([[17]])
     assert [round(uniforms(seeds, positions, s).item(), 6) for s in (DRAFT, ACCEPT, NEXT)] == PINNED_UNIFORMS
     torch.testing.assert_close(gumbel(seeds, positions, 4)[0, 0], torch.tensor(PINNED_GUMBEL), rtol=1e-5, atol=1e-5)
 
@@ -151,7 +151,7 @@ PINNED_GUMBEL = [1.4913137, -1.1848083, -0.1606166, 0.288086]
 
 
 def test_streams_positions_and_seeds_are_independent():
-    seeds, positions = seed_tensor(list(range(40)), CPU), torch.arange(500)[None].expand(40, -1)
+    seeds, positions = seed_tensor(list(range(40))), torch.arange(500)[None].expand(40, -1)
     drawn = torch.stack([uniforms(seeds, positions, s) for s in (DRAFT, ACCEPT, NEXT)])
     assert 0 < drawn.min() and drawn.max() < 1
     assert abs(drawn.mean() - 0.5) < 0.005
@@ -164,7 +164,7 @@ def test_streams_positions_and_seeds_are_independent():
 
 def test_the_argmax_of_scores_and_noise_has_the_softmax_law():
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0, -6.0])
-    noise = gumbel(seed_tensor([11], CPU), torch.arange(200_000)[None], 5)[0]
+    noise = gumbel(seed_tensor([11]), torch.arange(200_000)[None], 5)[0]
     counts = torch.bincount((logits + noise).argmax(-1), minlength=5).double()
     assert chi_squared(counts, logits.double().softmax(-1)) < 4
     pairs = (noise[1:] + logits).argmax(-1) * 5 + (noise[:-1] + logits).argmax(-1)
