@@ -23,9 +23,12 @@ from orthrus.decoding.sampling import (
     Laws,
     Sampling,
     derive_seed,
+    drop_top_p_,
+    first_above,
     gumbel,
     pick_inverse_cdf,
     seed_tensor,
+    send,
     uniforms,
     warp,
 )
@@ -128,6 +131,86 @@ def test_the_mass_that_top_p_drops_is_rounded_as_transformers_rounds_it(num_toke
     top_p = 1 - 1 / num_tokens
     stock = TopPLogitsWarper(top_p)(torch.tensor([[0]]), torch.zeros(1, num_tokens))
     assert num_kept_of_equals(num_tokens, top_p)[0] == stock.isfinite().sum() == num_tokens - 1
+
+
+def sorted_top_p(scores: torch.Tensor, tail: torch.Tensor) -> torch.Tensor:
+    """What top-p says, by a stable sort: tokens from the least likely on go while their total stays within the tail."""
+    _, order = scores.sort(dim=-1, stable=True)
+    up_to = (scores.softmax(-1) * 2.0**60).long().gather(-1, order).cumsum(-1)
+    drop = (up_to <= (tail * 2.0**60).long()) & (tail > 0)
+    drop[..., -1] = False
+    return scores.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
+
+
+ROWS: dict[str, Any] = {
+    "random": lambda n, g: torch.randn(n, generator=g) * 3,
+    "steep": lambda n, g: torch.randn(n, generator=g) * 60,
+    "bf16": lambda n, g: (torch.randn(n, generator=g) * 2).bfloat16().float(),
+    "few values": lambda n, g: torch.randint(-2, 3, (n,), generator=g).float(),
+    "flat": lambda n, g: torch.full((n,), 7.25),
+    "zeros of both signs": lambda n, g: torch.where(torch.rand(n, generator=g) < 0.5, 0.0, -0.0),
+    "one": lambda n, g: torch.full((n,), -torch.inf).index_fill(0, torch.randint(n, (1,), generator=g), 1.5),
+    "neighbours": lambda n, g: 1 + torch.randint(0, 3, (n,), generator=g) * 2.0**-23,
+    "lower halves of bits": lambda n, g: torch.randint(2**30, 2**30 + 2**17, (n,), generator=g).int().view(torch.float),
+    "filtered": lambda n, g: torch.randn(n, generator=g).masked_fill(torch.rand(n, generator=g) < 0.9, -torch.inf)
+    .index_fill(0, torch.tensor([n // 2]), 0.5),
+}  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.sampled_from(sorted(ROWS)), min_size=1, max_size=4),
+    st.sampled_from([1, 2, 61, 128, 300, 5003]),
+    st.lists(st.sampled_from([0.0, 2.0**-60, 1e-9, 0.05, 0.5, 0.9, 1 - 1e-7, 1.0]), min_size=4, max_size=4),
+    st.integers(0, 2**31),
+)
+def test_top_p_drops_what_a_sort_says(kinds: list[str], num_tokens: int, tails: list[float], seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.stack([ROWS[kind](num_tokens, generator) for kind in kinds])[:, None]
+    tail = torch.tensor(tails[: len(kinds)])[:, None, None]
+    expected = sorted_top_p(scores, tail)
+    drop_top_p_(scores, tail)
+    for kind, found, wanted in zip(kinds, scores, expected, strict=True):
+        assert torch.equal(found, wanted), (
+            f"{kind}: {found.isfinite().sum()} tokens stay, not {wanted.isfinite().sum()}"
+        )
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from([1, 5, 127, 128, 129, 1000]), st.integers(0, 2**31))
+def test_the_first_place_that_passes_a_bound_is_a_scans(size: int, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(0, 4, (3, size), generator=generator) * (torch.rand(3, size, generator=generator) < 0.3)
+    numbers[:, seed % size] += 2**40 * (seed % 2) + 1
+    up_to = numbers.cumsum(-1)
+    bound = (
+        (up_to[:, -1:] * torch.rand(3, 1, dtype=torch.float64, generator=generator)).long().clamp(max=up_to[:, -1:] - 1)
+    )
+    place, before = first_above(numbers, bound)
+    for row in range(3):
+        expected = next(i for i in range(size) if up_to[row, i] > bound[row])
+        assert (int(place[row]), int(before[row])) == (expected, int(up_to[row, expected] - numbers[row, expected]))
+
+
+def test_columns_arrive_as_they_were_sent():
+    columns = (torch.tensor([1.5, -0.0, torch.inf]), torch.tensor([2**62, -1, 0]), torch.tensor([1e-40, 3.0, -7.1]))
+    for found, sent in zip(send(columns, CPU), columns, strict=True):
+        assert found.dtype == sent.dtype and found.view(torch.uint8).equal(sent.view(torch.uint8))
+
+
+@pytest.mark.parametrize("top_k", [0, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_law_leaves_the_logits_as_they_were(top_k: int, dtype: torch.dtype):
+    """It works in place, on a copy of its own."""
+    logits = torch.randn(2, 3, 97).to(dtype)
+    before = logits.clone()
+    for sampling in (
+        Sampling(temperature=1.0),
+        Sampling(temperature=1.0, top_k=top_k, min_p=0.1),
+        Sampling(temperature=0.7, top_k=top_k, top_p=0.8),
+    ):
+        warp(logits, Laws.of([sampling] * 2, CPU))
+        assert torch.equal(logits, before)
 
 
 def test_noise_does_not_depend_on_batch_or_block():
