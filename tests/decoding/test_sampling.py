@@ -16,6 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from orthrus.decoding import sampling as sampling_module
 from orthrus.decoding.sampling import (
     ACCEPT,
     DRAFT,
@@ -23,6 +24,7 @@ from orthrus.decoding.sampling import (
     Laws,
     Sampling,
     derive_seed,
+    drop_top_k_,
     drop_top_p_,
     first_above,
     gumbel,
@@ -174,6 +176,44 @@ def test_top_p_drops_what_a_sort_says(kinds: list[str], num_tokens: int, tails: 
         assert torch.equal(found, wanted), (
             f"{kind}: {found.isfinite().sum()} tokens stay, not {wanted.isfinite().sum()}"
         )
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.sampled_from(sorted(ROWS)), min_size=1, max_size=4),
+    st.sampled_from([1, 2, 61, 300, 1003]),
+    st.lists(st.sampled_from([1, 2, 7, 50, 5000]), min_size=4, max_size=4),
+    st.lists(st.sampled_from([0.0, 2.0**-60, 1e-9, 0.05, 0.5, 0.9, 1 - 1e-7, 1.0]), min_size=4, max_size=4),
+    st.integers(0, 2**31),
+)
+def test_top_p_behind_top_k_drops_what_a_sort_says(
+    kinds: list[str], num_tokens: int, top_k: list[int], tails: list[float], seed: int
+):
+    """From the list of the best, which need not hold all that tie with its last."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.stack([ROWS[kind](num_tokens, generator) for kind in kinds])[:, None]
+    tail, k = torch.tensor(tails[: len(kinds)])[:, None, None], torch.tensor(top_k[: len(kinds)])[:, None, None]
+    best = drop_top_k_(scores, k, max(top_k[: len(kinds)]))
+    expected = sorted_top_p(scores, tail)
+    drop_top_p_(scores, tail, best)
+    for kind, found, wanted in zip(kinds, scores, expected, strict=True):
+        num_kept, num_wanted = (int(one.isfinite().sum()) for one in (found, wanted))
+        assert torch.equal(found, wanted), f"{kind}: {num_kept} tokens stay, not {num_wanted}, or others"
+
+
+@pytest.mark.parametrize(
+    ("samplings", "is_listed"),
+    [([(7, 0.9)], True), ([(7, 0.9), (0, 0.9)], False), ([(7, 1.0), (9, 0.5)], True), ([(2000, 0.9)], False)],
+)
+def test_the_list_is_used_where_it_has_all_that_counts(
+    samplings: list[tuple[int, float]], is_listed: bool, monkeypatch: pytest.MonkeyPatch
+):
+    used = []
+    by_list = sampling_module.edge_of_list
+    monkeypatch.setattr(sampling_module, "edge_of_list", lambda *args: used.append(0) or by_list(*args))
+    rows = [Sampling(temperature=1.0, top_k=top_k, top_p=top_p) for top_k, top_p in samplings]
+    warp(torch.randn(len(rows), 1, 3000), Laws.of(rows, CPU))
+    assert bool(used) == is_listed
 
 
 @settings(max_examples=150, deadline=None)

@@ -13,7 +13,7 @@ integers on the device, so that it depends on neither the batch, nor the block, 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,6 +78,8 @@ class Laws:
     min_p: Tensor
     uses_temperature: bool
     max_top_k: int
+    is_top_k: bool
+    """Whether each row has a top-k."""
     uses_top_p: bool
     uses_min_p: bool
 
@@ -100,6 +102,7 @@ class Laws:
             min_p=min_p,
             uses_temperature=any(s.temperature != 1 for s in own),
             max_top_k=max(s.top_k for s in own),
+            is_top_k=all(s.top_k for s in own),
             uses_top_p=any(s.top_p < 1 for s in own),
             uses_min_p=any(s.min_p > 0 for s in own),
         )
@@ -132,49 +135,92 @@ def warp(logits_BTV: Tensor, laws: Laws) -> Tensor:
     scores = logits_BTV.to(torch.float32, copy=True)  # one copy, which all that follows works on
     if laws.uses_temperature:
         scores.div_(laws.temperature)
+    best = None
     if laws.max_top_k:
-        drop_top_k_(scores, laws.top_k, laws.max_top_k)
+        best = drop_top_k_(scores, laws.top_k, laws.max_top_k)
     if laws.uses_top_p:
-        drop_top_p_(scores, laws.tail)
+        drop_top_p_(scores, laws.tail, best if laws.is_top_k and laws.max_top_k <= MAX_LISTED else None)
     if laws.uses_min_p:
         drop_min_p_(scores, laws.min_p)
     return scores
 
 
-def drop_top_k_(scores: Tensor, top_k: Tensor, max_top_k: int) -> None:
+class Best(NamedTuple):
+    """The tokens of the best scores, most likely first, as many for each row as the largest top-k. [..., K] each."""
+
+    scores: Tensor
+    ids: Tensor
+
+
+def drop_top_k_(scores: Tensor, top_k: Tensor, max_top_k: int) -> Best:
     """Drop (-inf) whatever scores below the k-th best, in place; ties with it stay. A k of 0 drops nothing."""
     size = min(max_top_k, scores.shape[-1])
-    best = scores.topk(size, dim=-1).values
-    kth = best.gather(-1, (top_k.clamp(1, size) - 1).expand(*best.shape[:-1], 1)).masked_fill(top_k == 0, -math.inf)
+    best = Best(*scores.topk(size, dim=-1))
+    index = (top_k.clamp(1, size) - 1).expand(*best.scores.shape[:-1], 1)
+    kth = best.scores.gather(-1, index).masked_fill(top_k == 0, -math.inf)
     scores.masked_fill_(scores < kth, -math.inf)
+    return best._replace(scores=best.scores.masked_fill_(best.scores < kth, -math.inf))
 
 
-def drop_top_p_(scores: Tensor, tail: Tensor) -> None:
+class Edge(NamedTuple):
+    """Where top-p cuts: what scores less goes, what scores more stays, and of those that score as much some go."""
+
+    score: Tensor
+    num_dropped: Tensor
+    """How many of the edge's tokens go. int64 [..., 1], as `score` is float32."""
+
+
+def drop_top_p_(scores: Tensor, tail: Tensor, best: Best | None = None) -> None:
     """Drop the least likely tokens whose total stays within `tail` (1 - p, fp32), in place; the likeliest stays.
 
-    Of equally likely tokens those of lower ids are dropped first. A tail of 0 drops nothing.
-
-    Nothing is sorted: the score at which the total of all lower ones and its own passes the tail is found by the upper
-    and then the lower half of its bits, in histograms of mass. Below it all are dropped, at it as many as fit.
+    Of equally likely tokens those of lower ids are dropped first. A tail of 0 drops nothing. The vocabulary is not
+    sorted. With `best` only these tokens, and such as score as the least of them does, have any probability.
     """
-    mass = masses(scores.softmax(-1))
-    within = torch.minimum((tail * MASS_UNIT).long(), mass.sum(-1, keepdim=True) - 1)  # else the likeliest would go
-    keys = sortable(scores)
-    high, below = first_above(histogram(mass, (keys >> HALF_BITS) + NUM_HALVES // 2), within)
-    # What is in no play any more weighs nothing.
-    mass.mul_((keys >> HALF_BITS) == high - NUM_HALVES // 2)
-    at_edge = histogram(mass, keys.bitwise_and_(NUM_HALVES - 1))
-    del mass, keys
-    low, below_edge = first_above(at_edge, within - below)
-    edge = unsortable(((high - NUM_HALVES // 2) * NUM_HALVES + low).int())
-    is_edge = scores == edge
-    num_edge = is_edge.sum(-1, keepdim=True)
-    # Equal scores have equal masses: those of the edge are so many times one.
-    of_one = (at_edge.gather(-1, low) // num_edge.clamp(min=1)).clamp(min=1)
-    first_kept, _ = first_above(is_edge, (within - below - below_edge) // of_one)
+    p = scores.softmax(-1)
+    edge = edge_by_digits(scores, masses(p), tail) if best is None else edge_of_list(scores, p, tail, best)
+    del p
+    is_edge = scores == edge.score
+    first_kept, _ = first_above(is_edge, edge.num_dropped)
     ids_V = torch.arange(scores.shape[-1], device=scores.device)
-    drop = (scores < edge).logical_or_(is_edge.logical_and_(ids_V < first_kept))
+    drop = (scores < edge.score).logical_or_(is_edge.logical_and_(ids_V < first_kept))
     scores.masked_fill_(drop.logical_and_(tail > 0), -math.inf)  # else tokens without mass would go, in company only
+
+
+def edge_by_digits(scores: Tensor, mass: Tensor, tail: Tensor) -> Edge:
+    """The score at which the total of all lower ones and its own passes the tail, digit by digit in histograms of
+    mass, which is used up."""
+    left = mass_to_drop(tail, mass.sum(-1, keepdim=True))
+    keys, edge = sortable(scores), torch.zeros_like(left)
+    sums = digit = edge
+    for shift, size in DIGITS:
+        digits = (keys >> shift).bitwise_and_((1 << size) - 1)
+        sums = torch.zeros(*left.shape[:-1], 1 << size, dtype=torch.int64, device=left.device)
+        sums.scatter_add_(-1, digits.long(), mass)
+        digit, below = first_above(sums, left)
+        left, edge = left - below, edge | (digit << shift)
+        mass.mul_(digits == digit)  # what has other digits is decided
+    score = unsortable(edge)
+    # Equal scores have equal masses: those of the edge are so many times one.
+    num_edge = (scores == score).sum(-1, keepdim=True).clamp(min=1)
+    of_one = sums.gather(-1, digit) // num_edge
+    return Edge(score, left // of_one.clamp(min=1))
+
+
+def edge_of_list(scores: Tensor, p: Tensor, tail: Tensor, best: Best) -> Edge:
+    """The same where all that has mass is in a list, but for more tokens that score as the last of the list."""
+    ascending, mass = best.scores.flip(-1), masses(p.gather(-1, best.ids)).flip(-1)
+    least = best.scores.masked_fill(best.scores == -math.inf, math.inf).amin(-1, keepdim=True)
+    num_others = (scores == least).sum(-1, keepdim=True) - (ascending == least).sum(-1, keepdim=True)
+    is_least = ascending == least
+    others = num_others * (mass * is_least).amax(-1, keepdim=True)
+    up_to = mass.cumsum(-1) + others
+    left = mass_to_drop(tail, up_to[..., -1:])
+    place = (up_to <= left).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
+    score = ascending.gather(-1, place)
+    score = torch.maximum(score, least)  # before the least there is nothing
+    left = left - (mass * (ascending < score)).sum(-1, keepdim=True) - others * (score > least)
+    of_one = (mass * (ascending == score)).amax(-1, keepdim=True)
+    return Edge(score, left // of_one.clamp(min=1))
 
 
 def drop_min_p_(scores: Tensor, min_p: Tensor) -> None:
@@ -189,9 +235,11 @@ def drop_min_p_(scores: Tensor, min_p: Tensor) -> None:
 MASS_UNIT = 2.0**60
 """Units of mass in a probability of 1. What an fp32 probability has below 2^-60 is lost."""
 
-HALF_BITS = 16
-NUM_HALVES = 1 << HALF_BITS
-"""Values of half of a score's bits."""
+DIGITS = ((21, 11), (10, 11), (0, 10))
+"""Where the digits of a sortable key begin and how many bits each has, highest first."""
+
+MAX_LISTED = 1024
+"""The largest top-k for which top-p looks at the list of the best alone."""
 
 BLOCK = 128
 """Numbers that `first_above` adds up before it looks where the sum passes; divides Qwen3's vocabulary."""
@@ -202,21 +250,21 @@ def masses(p: Tensor) -> Tensor:
     return (p * MASS_UNIT).long()
 
 
-def histogram(mass: Tensor, bins: Tensor) -> Tensor:
-    """The mass in each of `NUM_HALVES` bins along the last dimension; integers, so no order is seen."""
-    found = torch.zeros(*mass.shape[:-1], NUM_HALVES, dtype=mass.dtype, device=mass.device)
-    return found.scatter_add_(-1, bins.long(), mass)
+def mass_to_drop(tail: Tensor, total: Tensor) -> Tensor:
+    """The most that top-p drops, less than all. int64 [..., 1]."""
+    return torch.minimum(masses(tail), total - 1)
 
 
 def sortable(scores: Tensor) -> Tensor:
-    """int32 in the order of the float32 scores, equal where they are equal (zero has two signs)."""
+    """int32 whose bits, unsigned, are in the order of the float32 scores; zeros of both signs are equal."""
     bits = (scores + 0.0).view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return bits ^ ((bits >> 31) | -(2**31))
 
 
 def unsortable(keys: Tensor) -> Tensor:
-    """The scores of these keys."""
-    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    """The scores of these keys, int64 from 0 to 2^32 - 1."""
+    signed = (keys - 2**31).int()
+    return (signed ^ ((signed >> 31) & (2**31 - 1))).view(torch.float32)
 
 
 def first_above(numbers: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
