@@ -1,5 +1,6 @@
 """Laws against transformers' warpers, and noise that is a function of (seed, position, purpose) and nothing else."""
 
+import itertools
 from fractions import Fraction
 from typing import Any
 
@@ -159,46 +160,43 @@ ROWS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    st.lists(st.sampled_from(sorted(ROWS)), min_size=1, max_size=4),
-    st.sampled_from([1, 2, 61, 128, 300, 5003]),
-    st.lists(st.sampled_from([0.0, 2.0**-60, 1e-9, 0.05, 0.5, 0.9, 1 - 1e-7, 1.0]), min_size=4, max_size=4),
-    st.integers(0, 2**31),
-)
-def test_top_p_drops_what_a_sort_says(kinds: list[str], num_tokens: int, tails: list[float], seed: int):
+TAILS = (0.0, 2.0**-60, 1e-9, 0.05, 0.2, 0.3, 0.5, 0.9, 1 - 1e-7, 1.0)
+TOP_KS = (1, 2, 7, 50, 80)
+
+
+def rows_of_each_kind(num_tokens: int, seed: int) -> tuple[list[tuple], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Every kind with every tail and top-k: what they are, scores [B, 1, V], tails and top-k [B, 1, 1]."""
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.stack([ROWS[kind](num_tokens, generator) for kind in kinds])[:, None]
-    tail = torch.tensor(tails[: len(kinds)])[:, None, None]
+    names = list(itertools.product(ROWS, TAILS, TOP_KS))
+    scores = torch.stack([ROWS[kind](num_tokens, generator) for kind, _, _ in names])
+    tails, top_ks = (torch.tensor([name[i] for name in names])[:, None, None] for i in (1, 2))
+    return names, scores[:, None], tails, top_ks
+
+
+def check_kept(names: list[tuple], found: torch.Tensor, expected: torch.Tensor) -> None:
+    for name, one, other in zip(names, found, expected, strict=True):
+        num_kept, num_expected = (int(scores.isfinite().sum()) for scores in (one, other))
+        assert torch.equal(one, other), f"{name}: {num_kept} tokens stay, not {num_expected}, or others"
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 61, 128, 300, 1003])
+@pytest.mark.parametrize("seed", range(3))
+def test_top_p_drops_what_a_sort_says(num_tokens: int, seed: int):
+    names, scores, tail, _ = rows_of_each_kind(num_tokens, seed)
     expected = sorted_top_p(scores, tail)
     drop_top_p_(scores, tail)
-    for kind, found, wanted in zip(kinds, scores, expected, strict=True):
-        assert torch.equal(found, wanted), (
-            f"{kind}: {found.isfinite().sum()} tokens stay, not {wanted.isfinite().sum()}"
-        )
+    check_kept(names, scores, expected)
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    st.lists(st.sampled_from(sorted(ROWS)), min_size=1, max_size=4),
-    st.sampled_from([1, 2, 61, 300, 1003]),
-    st.lists(st.sampled_from([1, 2, 7, 50, 5000]), min_size=4, max_size=4),
-    st.lists(st.sampled_from([0.0, 2.0**-60, 1e-9, 0.05, 0.5, 0.9, 1 - 1e-7, 1.0]), min_size=4, max_size=4),
-    st.integers(0, 2**31),
-)
-def test_top_p_behind_top_k_drops_what_a_sort_says(
-    kinds: list[str], num_tokens: int, top_k: list[int], tails: list[float], seed: int
-):
+@pytest.mark.parametrize("num_tokens", [1, 2, 61, 300, 1003])
+@pytest.mark.parametrize("seed", range(3))
+def test_top_p_behind_top_k_drops_what_a_sort_says(num_tokens: int, seed: int):
     """From the list of the best, which need not hold all that tie with its last."""
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.stack([ROWS[kind](num_tokens, generator) for kind in kinds])[:, None]
-    tail, k = torch.tensor(tails[: len(kinds)])[:, None, None], torch.tensor(top_k[: len(kinds)])[:, None, None]
-    best = drop_top_k_(scores, k, max(top_k[: len(kinds)]))
+    names, scores, tail, top_k = rows_of_each_kind(num_tokens, seed)
+    best = drop_top_k_(scores, top_k, max(TOP_KS))
     expected = sorted_top_p(scores, tail)
     drop_top_p_(scores, tail, best)
-    for kind, found, wanted in zip(kinds, scores, expected, strict=True):
-        num_kept, num_wanted = (int(one.isfinite().sum()) for one in (found, wanted))
-        assert torch.equal(found, wanted), f"{kind}: {num_kept} tokens stay, not {num_wanted}, or others"
+    check_kept(names, scores, expected)
 
 
 @pytest.mark.parametrize(

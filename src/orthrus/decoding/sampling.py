@@ -146,20 +146,21 @@ def warp(logits_BTV: Tensor, laws: Laws) -> Tensor:
 
 
 class Best(NamedTuple):
-    """The tokens of the best scores, most likely first, as many for each row as the largest top-k. [..., K] each."""
+    """The tokens of the best scores, most likely first, as many for each row as the largest top-k: those that a
+    smaller one drops, too. [..., K] each."""
 
     scores: Tensor
     ids: Tensor
 
 
 def drop_top_k_(scores: Tensor, top_k: Tensor, max_top_k: int) -> Best:
-    """Drop (-inf) whatever scores below the k-th best, in place; ties with it stay. A k of 0 drops nothing."""
+    """Drop (-inf) whatever scores below the k-th best, in place; ties with it stay. A k of 0 drops nothing. The best."""
     size = min(max_top_k, scores.shape[-1])
     best = Best(*scores.topk(size, dim=-1))
     index = (top_k.clamp(1, size) - 1).expand(*best.scores.shape[:-1], 1)
     kth = best.scores.gather(-1, index).masked_fill(top_k == 0, -math.inf)
     scores.masked_fill_(scores < kth, -math.inf)
-    return best._replace(scores=best.scores.masked_fill_(best.scores < kth, -math.inf))
+    return best
 
 
 class Edge(NamedTuple):
@@ -209,15 +210,14 @@ def edge_by_digits(scores: Tensor, mass: Tensor, tail: Tensor) -> Edge:
 def edge_of_list(scores: Tensor, p: Tensor, tail: Tensor, best: Best) -> Edge:
     """The same where all that has mass is in a list, but for more tokens that score as the last of the list."""
     ascending, mass = best.scores.flip(-1), masses(p.gather(-1, best.ids)).flip(-1)
-    least = best.scores.masked_fill(best.scores == -math.inf, math.inf).amin(-1, keepdim=True)
-    num_others = (scores == least).sum(-1, keepdim=True) - (ascending == least).sum(-1, keepdim=True)
+    least = ascending[..., :1]
     is_least = ascending == least
-    others = num_others * (mass * is_least).amax(-1, keepdim=True)
+    num_others = (scores == least).sum(-1, keepdim=True) - is_least.sum(-1, keepdim=True)
+    others = num_others * mass[..., :1]  # none, where top-k dropped the least
     up_to = mass.cumsum(-1) + others
     left = mass_to_drop(tail, up_to[..., -1:])
     place = (up_to <= left).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
     score = ascending.gather(-1, place)
-    score = torch.maximum(score, least)  # before the least there is nothing
     left = left - (mass * (ascending < score)).sum(-1, keepdim=True) - others * (score > least)
     of_one = (mass * (ascending == score)).amax(-1, keepdim=True)
     return Edge(score, left // of_one.clamp(min=1))
