@@ -135,6 +135,15 @@ def test_groups_fit_what_is_reserved():
     assert len(group_rows(3, 2**40)) == 3, "a row that does not fit is a group all the same"
 
 
+@pytest.mark.parametrize("free", [10**12, 4 * 10**9, 10**8])
+def test_pages_leave_what_choices_take(free: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    taken = engine_module.affordable_bytes(torch.device("cuda"))
+    assert 0 <= taken <= 0.9 * free
+    assert taken == 0 or free - taken >= SCORES_BYTES + engine_module.KEPT_BYTES
+
+
 def peak_bytes(work: Callable[[], Any], folder: Path) -> int:
     """The most that was allocated at once beyond what there was."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -83,7 +83,8 @@ class Chooser:
     """The choices of one cycle: `draft` first (unless nothing is drafted), then `verify`.
 
     `settings` and `firsts_B` (the position that each row's first draft will have, int64) are sent unless the device has
-    them. With a `redraft` nothing of the size of the logits is kept between the two.
+    them. With a `redraft` nothing of the size of the logits is kept between the two. `make_noise` is `gumbel` or
+    what has its bits.
     """
 
     logprobs_BW: Tensor | None = None
@@ -92,11 +93,12 @@ class Chooser:
     def __init__(
         self, rows: Sequence[Row], num_columns: int, num_tokens: int, device: torch.device, *,
         settings: Settings | None = None, firsts_B: Tensor | None = None, redraft: Redraft | None = None,
+        make_noise: Callable[[Tensor, Tensor, int], Tensor] = gumbel,
     ):  # fmt: skip
         self._rows = rows
         self._num_tokens = num_tokens
         self._walked = [b for b, row in enumerate(rows) if row.processor is not None]
-        self._redraft = redraft
+        self._redraft, self._make_noise = redraft, make_noise
         self._q_BJ: Tensor | None = None
         self._draft_logits_BJV: Tensor | None = None
         self._noise_BWV: Tensor | None = None
@@ -197,7 +199,7 @@ class Chooser:
             return self._noise_BWV[:, columns]
         # Kept from the draft to verification, which has a column more.
         kept = columns if self._redraft is not None else slice(None)
-        noise = gumbel(self._settings.seeds_B, self._positions_BW[:, kept], self._num_tokens)
+        noise = self._make_noise(self._settings.seeds_B, self._positions_BW[:, kept], self._num_tokens)
         if self._num_coupled < len(self._rows):
             noise.mul_(self._settings.is_coupled_B1[..., None])
         if self._redraft is not None:

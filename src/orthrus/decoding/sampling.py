@@ -154,7 +154,10 @@ class Best(NamedTuple):
 
 
 def drop_top_k_(scores: Tensor, top_k: Tensor, max_top_k: int) -> Best:
-    """Drop (-inf) whatever scores below the k-th best, in place; ties with it stay. A k of 0 drops nothing. The best."""
+    """Drop (-inf) whatever scores below the k-th best, in place; ties with it stay. A k of 0 drops nothing.
+
+    Returns the best.
+    """
     size = min(max_top_k, scores.shape[-1])
     best = Best(*scores.topk(size, dim=-1))
     index = (top_k.clamp(1, size) - 1).expand(*best.scores.shape[:-1], 1)

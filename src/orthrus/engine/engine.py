@@ -61,7 +61,8 @@ class EngineBackend:
     """Prefill, cycle and release over an `OrthrusLM`, whose parameters become views of the engine's joined weights.
 
     `looks_ahead`: whether the device drafts while the host reads (on a GPU unless told; see `cycle`).
-    `num_pages` pages of `page_slots` tokens each are taken at once: by default what 0.9 of a GPU's free memory holds.
+    `num_pages` pages of `page_slots` tokens each are taken at once: by default what 0.9 of a GPU's free memory holds,
+    with `RESERVED_BYTES` left at least.
     Raises `ValueError` naming what the engine does not compute; `OutOfPages` when rows need more pages than there are,
     with every row as it was.
     """
@@ -356,6 +357,7 @@ class _Choice:
             Chooser(
                 rows[group], self.num_columns, num_tokens, device, settings=settings.some(group),
                 firsts_B=firsts_B[group], redraft=None if is_kept else self._redraft_of(group),
+                make_noise=passes.ops.gumbel,
             )
             for group in self._groups
         ]  # fmt: skip
