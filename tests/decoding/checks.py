@@ -1,6 +1,7 @@
 """The checks that the tests run and that planted bugs must fail."""
 
 import itertools
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +118,12 @@ def joint_law(num_tokens: int) -> Tensor:
     return law
 
 
+def accept_by_laws(p: Tensor, q: Tensor, drafts: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+    """`accept_speculative` where all of the drafting law is there. q [B, J, V]."""
+    q_at = partial(verify.at_column, q)
+    return verify.accept_speculative(p, verify.of_tokens(q, drafts), q_at, drafts, *others)
+
+
 def check_speculative_law() -> None:
     """Summed over all randomness, the first three tokens that drafting and verification write have the AR law."""
     u = (torch.arange(GRID) + 0.5) / GRID
@@ -132,7 +139,7 @@ def check_speculative_law() -> None:
             drafts = verify.pick_inverse_cdf(q, u_draft)
             p = torch.stack([table[0].expand(num, -1), table[1 + drafts[:, 0]], table[1 + drafts[:, 1]]], 1)
             widths = torch.full((num,), width)
-            accepted, written = verify.accept_speculative(p, q, drafts, widths, u_accept, u_next)
+            accepted, written = accept_by_laws(p, q, drafts, widths, u_accept, u_next)
             law = torch.zeros(3, 3, 3, dtype=torch.float64)
             for count in range(3):
                 rows = written[accepted == count][:, : count + 1]

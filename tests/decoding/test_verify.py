@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthrus.decoding.verify import RESIDUAL_FLOOR, accept_equal, accept_speculative, count_leading, residual
-from tests.decoding.checks import check_speculative_law
+from orthrus.decoding.verify import RESIDUAL_FLOOR, accept_equal, count_leading, residual
+from tests.decoding.checks import accept_by_laws, check_speculative_law
 
 
 @st.composite
@@ -56,7 +56,7 @@ def slow_speculative(p, q, drafts, width, u_accept, u_next) -> list[int]:
 @given(laws())
 def test_speculative_acceptance_is_what_the_paper_says(case):
     p, q, drafts, widths, u_accept, u_next = case
-    accepted, written = accept_speculative(*case)
+    accepted, written = accept_by_laws(*case)
     for b in range(len(p)):
         expected = slow_speculative(p[b], q[b], drafts[b], int(widths[b]), u_accept[b], u_next[b])
         assert written[b, : accepted[b] + 1].tolist() == expected
@@ -87,9 +87,7 @@ def test_a_draft_of_probability_zero_never_passes():
     p = torch.tensor([[[0.0, 1.0], [0.5, 0.5]]])
     q = torch.tensor([[[1.0, 0.0]]])
     zero = torch.zeros(1, 1)
-    accepted, written = accept_speculative(
-        p, q, torch.tensor([[0]]), torch.tensor([1]), zero, torch.full((1, 2), 0.999)
-    )
+    accepted, written = accept_by_laws(p, q, torch.tensor([[0]]), torch.tensor([1]), zero, torch.full((1, 2), 0.999))
     assert accepted.tolist() == [0]
     assert written[0, 0] == 1
 

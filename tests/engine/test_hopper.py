@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from orthrus.engine.kernels import head_kernels, linear_kernels, norm, quantise
+from orthrus.engine.kernels import head_kernels, linear_kernels, noise, norm, quantise
 
 POINTERS = dict(
     X="*bf16", X_SCALE="*fp32", W="*bf16", WEIGHT="*bf16", SCALE="*fp32", BIAS="*bf16", RESIDUAL="*bf16", OUT="*bf16",
@@ -71,6 +71,8 @@ others = [
 ]
 for one in others:
     check_wait(one, reads_ahead="add_up_and_norm" in one)  # the norm's weight
+noise = ptx(noise._uniforms, dict(KEYS="*i64", OUT="*fp32"), BLOCK=noise.BLOCK)
+assert "cvt.rn.f32.u32" in noise and "fma" not in noise, "noise is not made in steps that have one result"
 assert "cvt.rn.satfinite.e4m3x2.f32" in others[0] and "div.full" not in others[0], "rows are not quantised as by torch"
 """
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
 import pytest
-from torch import Tensor, nn
+from torch import nn
 
 from orthrus.decoding import chooser
 from orthrus.decoding.decoder import Decoder
@@ -86,7 +86,7 @@ def forget_a_row_but_not_its_pages(patch: pytest.MonkeyPatch) -> None:
 def take_other_rows_seeds(patch: pytest.MonkeyPatch) -> None:
     """The sampling seeds of a batch, turned round."""
     seed_tensor = chooser.seed_tensor
-    patch.setattr(chooser, "seed_tensor", lambda seeds, device: seed_tensor(seeds[::-1], device))
+    patch.setattr(chooser, "seed_tensor", lambda seeds: seed_tensor(seeds[::-1]))
 
 
 def take_other_rows_drafts(patch: pytest.MonkeyPatch) -> None:
@@ -104,8 +104,8 @@ def report_other_rows_logprobs(patch: pytest.MonkeyPatch) -> None:
     """Each token's log-probability is the one that it has in another row."""
     report = chooser.Chooser.report
 
-    def swapped(self: chooser.Chooser, outcomes: Sequence[Outcome], logits_BWV: Tensor) -> None:
-        report(self, outcomes, logits_BWV.roll(1, 0))
+    def swapped(self: chooser.Chooser, outcomes: Sequence[Outcome], logprobs: Sequence[Sequence[float]] | None) -> None:
+        report(self, outcomes, logprobs and [*logprobs[1:], logprobs[0]])
 
     patch.setattr(chooser.Chooser, "report", swapped)
 

@@ -200,7 +200,7 @@ class PortableBackend:
             self.cache.commit(row.index, accepted + 1)
             drafts = rest[num_columns : num_columns + row.width]
             outcomes.append(Outcome(tokens=rest[: accepted + 1], drafts=drafts))
-        chooser.report(outcomes, logits_BWV)
+        chooser.report(outcomes, None if chooser.logprobs_BW is None else chooser.logprobs_BW.tolist())
         draft_ms = watch.between(0, 1) if num_columns > 1 else 0.0
         return Cycle(outcomes=outcomes, draft_ms=draft_ms, verify_ms=watch.between(1, 2))
 

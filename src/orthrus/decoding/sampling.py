@@ -12,11 +12,12 @@ integers on the device, so that it depends on neither the batch, nor the block, 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Rule = Literal["greedy", "speculative", "coupled"]
 
@@ -77,6 +78,8 @@ class Laws:
     min_p: Tensor
     uses_temperature: bool
     max_top_k: int
+    is_top_k: bool
+    """Whether each row has a top-k."""
     uses_top_p: bool
     uses_min_p: bool
 
@@ -84,74 +87,217 @@ class Laws:
     def of(cls, samplings: Sequence[Sampling], device: torch.device) -> "Laws":
         """The laws of these rows; a greedy row gets temperature 1, which leaves its argmax alone."""
 
-        def column(values: list, dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
-
         own = [Sampling(temperature=1.0) if s.temperature < GREEDY_BELOW else s for s in samplings]
+        columns = (
+            torch.tensor([s.temperature for s in own], dtype=torch.float32),
+            torch.tensor([s.top_k for s in own], dtype=torch.int64),
+            torch.tensor([1 - s.top_p for s in own], dtype=torch.float32),
+            torch.tensor([s.min_p for s in own], dtype=torch.float32),
+        )
+        temperature, top_k, tail, min_p = (column_B[:, None, None] for column_B in send(columns, device))
         return cls(
-            temperature=column([s.temperature for s in own], torch.float32),
-            top_k=column([s.top_k for s in own], torch.int64),
-            tail=column([1 - s.top_p for s in own], torch.float32),
-            min_p=column([s.min_p for s in own], torch.float32),
+            temperature=temperature,
+            top_k=top_k,
+            tail=tail,
+            min_p=min_p,
             uses_temperature=any(s.temperature != 1 for s in own),
             max_top_k=max(s.top_k for s in own),
+            is_top_k=all(s.top_k for s in own),
             uses_top_p=any(s.top_p < 1 for s in own),
             uses_min_p=any(s.min_p > 0 for s in own),
         )
 
+    def of_rows(self, rows: slice) -> "Laws":
+        """The laws of some of the rows. What they use is what all use, which changes nothing but the work."""
+        own = {name: getattr(self, name)[rows] for name in ("temperature", "top_k", "tail", "min_p")}
+        return replace(self, **own)
+
+
+def send(columns: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Columns of one length, int64 or float32, to the device in one copy, for which the host does not wait there.
+
+    To a GPU it goes from pinned memory: from any other the host would wait until the GPU has done what it was given.
+    """
+    packed = torch.stack([c if c.dtype == torch.int64 else c.view(torch.int32).long() for c in columns])
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    sent = packed.to(device, non_blocking=True)
+    return [
+        there if c.dtype == torch.int64 else there.int().view(torch.float32)
+        for there, c in zip(sent, columns, strict=True)
+    ]
+
 
 def warp(logits_BTV: Tensor, laws: Laws) -> Tensor:
     """Scores whose softmax is the law: temperature, top-k, top-p, min-p in transformers' order. float32 [B, T, V]."""
-    scores = logits_BTV.float()
+    if not (laws.uses_temperature or laws.max_top_k or laws.uses_top_p or laws.uses_min_p):
+        return logits_BTV.float()
+    scores = logits_BTV.to(torch.float32, copy=True)  # one copy, which all that follows works on
     if laws.uses_temperature:
-        scores = scores / laws.temperature
+        scores.div_(laws.temperature)
+    best = None
     if laws.max_top_k:
-        scores = keep_top_k(scores, laws.top_k, laws.max_top_k)
+        best = drop_top_k_(scores, laws.top_k, laws.max_top_k)
     if laws.uses_top_p:
-        scores = keep_top_p(scores, laws.tail)
+        drop_top_p_(scores, laws.tail, best if laws.is_top_k and laws.max_top_k <= MAX_LISTED else None)
     if laws.uses_min_p:
-        scores = keep_min_p(scores, laws.min_p)
+        drop_min_p_(scores, laws.min_p)
     return scores
 
 
-def keep_top_k(scores: Tensor, top_k: Tensor, max_top_k: int) -> Tensor:
-    """Drop (-inf) whatever scores below the k-th best; ties with it stay. A k of 0 drops nothing."""
-    size = min(max_top_k, scores.shape[-1])
-    best = scores.topk(size, dim=-1).values
-    kth = best.gather(-1, (top_k.clamp(1, size) - 1).expand(*best.shape[:-1], 1)).masked_fill(top_k == 0, -math.inf)
-    return scores.masked_fill(scores < kth, -math.inf)
+class Best(NamedTuple):
+    """The tokens of the best scores, most likely first, as many for each row as the largest top-k: those that a
+    smaller one drops, too. [..., K] each."""
 
+    scores: Tensor
+    ids: Tensor
+
+
+def drop_top_k_(scores: Tensor, top_k: Tensor, max_top_k: int) -> Best:
+    """Drop (-inf) whatever scores below the k-th best, in place; ties with it stay. A k of 0 drops nothing.
+
+    Returns the best.
+    """
+    size = min(max_top_k, scores.shape[-1])
+    best = Best(*scores.topk(size, dim=-1))
+    index = (top_k.clamp(1, size) - 1).expand(*best.scores.shape[:-1], 1)
+    kth = best.scores.gather(-1, index).masked_fill(top_k == 0, -math.inf)
+    scores.masked_fill_(scores < kth, -math.inf)
+    return best
+
+
+class Edge(NamedTuple):
+    """Where top-p cuts: what scores less goes, what scores more stays, and of those that score as much some go."""
+
+    score: Tensor
+    num_dropped: Tensor
+    """How many of the edge's tokens go. int64 [..., 1], as `score` is float32."""
+
+
+def drop_top_p_(scores: Tensor, tail: Tensor, best: Best | None = None) -> None:
+    """Drop the least likely tokens whose total stays within `tail` (1 - p, fp32), in place; the likeliest stays.
+
+    Of equally likely tokens those of lower ids are dropped first. A tail of 0 drops nothing. The vocabulary is not
+    sorted. With `best` only these tokens, and such as score as the least of them does, have any probability.
+    """
+    p = scores.softmax(-1)
+    edge = edge_by_digits(scores, masses(p), tail) if best is None else edge_of_list(scores, p, tail, best)
+    del p
+    is_edge = scores == edge.score
+    first_kept, _ = first_above(is_edge, edge.num_dropped)
+    ids_V = torch.arange(scores.shape[-1], device=scores.device)
+    drop = (scores < edge.score).logical_or_(is_edge.logical_and_(ids_V < first_kept))
+    scores.masked_fill_(drop.logical_and_(tail > 0), -math.inf)  # else tokens without mass would go, in company only
+
+
+def edge_by_digits(scores: Tensor, mass: Tensor, tail: Tensor) -> Edge:
+    """The score at which the total of all lower ones and its own passes the tail, digit by digit in histograms of
+    mass, which is used up."""
+    left = mass_to_drop(tail, mass.sum(-1, keepdim=True))
+    keys, edge = sortable(scores), torch.zeros_like(left)
+    sums = digit = edge
+    for shift, size in DIGITS:
+        digits = (keys >> shift).bitwise_and_((1 << size) - 1)
+        sums = torch.zeros(*left.shape[:-1], 1 << size, dtype=torch.int64, device=left.device)
+        sums.scatter_add_(-1, digits.long(), mass)
+        digit, below = first_above(sums, left)
+        left, edge = left - below, edge | (digit << shift)
+        mass.mul_(digits == digit)  # what has other digits is decided
+    score = unsortable(edge)
+    # Equal scores have equal masses: those of the edge are so many times one.
+    num_edge = (scores == score).sum(-1, keepdim=True).clamp(min=1)
+    of_one = sums.gather(-1, digit) // num_edge
+    return Edge(score, left // of_one.clamp(min=1))
+
+
+def edge_of_list(scores: Tensor, p: Tensor, tail: Tensor, best: Best) -> Edge:
+    """The same where all that has mass is in a list, but for more tokens that score as the last of the list."""
+    ascending, mass = best.scores.flip(-1), masses(p.gather(-1, best.ids)).flip(-1)
+    least = ascending[..., :1]
+    is_least = ascending == least
+    num_others = (scores == least).sum(-1, keepdim=True) - is_least.sum(-1, keepdim=True)
+    others = num_others * mass[..., :1]  # none, where top-k dropped the least
+    up_to = mass.cumsum(-1) + others
+    left = mass_to_drop(tail, up_to[..., -1:])
+    place = (up_to <= left).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
+    score = ascending.gather(-1, place)
+    left = left - (mass * (ascending < score)).sum(-1, keepdim=True) - others * (score > least)
+    of_one = (mass * (ascending == score)).amax(-1, keepdim=True)
+    return Edge(score, left // of_one.clamp(min=1))
+
+
+def drop_min_p_(scores: Tensor, min_p: Tensor) -> None:
+    """Drop tokens less likely than min_p times the likeliest, in place."""
+    p = scores.softmax(-1)
+    scores.masked_fill_(p < min_p * p.amax(-1, keepdim=True), -math.inf)
+
+
+# Probabilities are added up as integers, whose sum is the same in any order: the order of a parallel sum or scan
+# follows the number of rows, and a row's text would follow its company.
 
 MASS_UNIT = 2.0**60
-"""Probabilities are added up as integers of this unit, whose sum is the same in any order: the order of a parallel scan
-follows the number of rows. What an fp32 probability has below 2^-60 is lost."""
+"""Units of mass in a probability of 1. What an fp32 probability has below 2^-60 is lost."""
+
+DIGITS = ((21, 11), (10, 11), (0, 10))
+"""Where the digits of a sortable key begin and how many bits each has, highest first."""
+
+MAX_LISTED = 1024
+"""The largest top-k for which top-p looks at the list of the best alone."""
+
+BLOCK = 128
+"""Numbers that `first_above` adds up before it looks where the sum passes; divides Qwen3's vocabulary."""
 
 
-def keep_top_p(scores: Tensor, tail: Tensor) -> Tensor:
-    """Drop the least likely tokens whose total stays within `tail` (1 - p, fp32); the likeliest always stays.
+def masses(p: Tensor) -> Tensor:
+    """Probabilities in units of mass, int64."""
+    return (p * MASS_UNIT).long()
 
-    Of equally likely tokens those of lower ids are dropped first. A tail of 0 drops nothing.
+
+def mass_to_drop(tail: Tensor, total: Tensor) -> Tensor:
+    """The most that top-p drops, less than all. int64 [..., 1]."""
+    return torch.minimum(masses(tail), total - 1)
+
+
+def sortable(scores: Tensor) -> Tensor:
+    """int32 whose bits, unsigned, are in the order of the float32 scores; zeros of both signs are equal."""
+    bits = (scores + 0.0).view(torch.int32)
+    return bits ^ ((bits >> 31) | -(2**31))
+
+
+def unsortable(keys: Tensor) -> Tensor:
+    """The scores of these keys, int64 from 0 to 2^32 - 1."""
+    signed = (keys - 2**31).int()
+    return (signed ^ ((signed >> 31) & (2**31 - 1))).view(torch.float32)
+
+
+def first_above(numbers: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """The first place at which integers 0 or more, added up along the last dimension, pass `bound` [..., 1]; and their
+    sum before it. int64 [..., 1] each. The last place, where none does.
+
+    Blocks are added up first, and then the numbers of one: a scan of all of them would be slow where rows are few.
     """
-    ascending, order = scores.sort(dim=-1, stable=True)
-    mass = (ascending.softmax(-1) * MASS_UNIT).long().cumsum(-1)
-    drop = (mass <= (tail * MASS_UNIT).long()) & (tail > 0)  # else tokens without mass would go, in company only
-    drop[..., -1] = False
-    return scores.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -math.inf)
+    num_padding = -numbers.shape[-1] % BLOCK
+    blocks = (F.pad(numbers, (0, num_padding)) if num_padding else numbers).unflatten(-1, (-1, BLOCK))
+    block, before = _first_above(blocks.sum(-1), bound)
+    own = blocks.gather(-2, block[..., None].expand(*block.shape, BLOCK)).squeeze(-2).long()
+    place, before_place = _first_above(own, bound - before)
+    return (block * BLOCK + place).clamp(max=numbers.shape[-1] - 1), before + before_place
 
 
-def keep_min_p(scores: Tensor, min_p: Tensor) -> Tensor:
-    """Drop tokens less likely than min_p times the likeliest."""
-    p = scores.softmax(-1)
-    return scores.masked_fill(p < min_p * p.amax(-1, keepdim=True), -math.inf)
+def _first_above(numbers: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by a scan."""
+    up_to = numbers.cumsum(-1)
+    place = (up_to <= bound).sum(-1, keepdim=True).clamp(max=numbers.shape[-1] - 1)
+    return place, (up_to - numbers).gather(-1, place)
 
 
 def pick_inverse_cdf(p_BTV: Tensor, u_BT: Tensor) -> Tensor:
-    """The token at which the cumulated weights pass u: a draw from p (normalised or not) for u in (0, 1). [B, T].
-
-    Cumulated in float64: a parallel float32 scan may step back by an ulp, and a token of weight 0 could be picked.
-    """
-    cdf = p_BTV.cumsum(-1, dtype=torch.float64)
-    return (cdf <= u_BT[..., None] * cdf[..., -1:]).sum(-1)
+    """The token at which the cumulated weights pass u: a draw from p (up to rounding normalised) for u in (0, 1).
+    [B, T]. A token without mass is never picked."""
+    mass_BTV = masses(p_BTV)
+    # In double precision u times the total is less than the total, also behind both roundings.
+    bound_BT1 = (u_BT[..., None].double() * mass_BTV.sum(-1, keepdim=True)).long()
+    return first_above(mass_BTV, bound_BT1)[0].squeeze(-1)
 
 
 # Counter-based noise. Two's complement wrap-around is what every torch device does for integers.
@@ -185,9 +331,9 @@ def mix32(x: Tensor) -> Tensor:
     return x ^ ((x >> 16) & 0xFFFF)
 
 
-def seed_tensor(seeds: Sequence[int], device: torch.device) -> Tensor:
+def seed_tensor(seeds: Sequence[int]) -> Tensor:
     """Python integers of any size as int64 [B]."""
-    return torch.tensor([_signed(seed, 64) for seed in seeds], dtype=torch.int64, device=device)
+    return torch.tensor([_signed(seed, 64) for seed in seeds], dtype=torch.int64)
 
 
 def derive_seed(seed: int, index: int) -> int:
@@ -219,5 +365,5 @@ def gumbel(seeds_B: Tensor, positions_BT: Tensor, num_tokens: int) -> Tensor:
     tokens_V = torch.arange(num_tokens, dtype=torch.int32, device=seeds_B.device) * _GOLDEN_32
     bits = mix32(mix32(tokens_V ^ low) + high)
     # All 32 bits at the small end of u: the winner is the smallest exponential, where float32 is finest.
-    u = (bits.to(torch.int64) & 0xFFFFFFFF).float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    u = bits.view(torch.uint32).float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
     return u.neg_().log1p_().neg_().log_().neg_()

@@ -6,6 +6,8 @@ over all its randomness on a tiny vocabulary. `widths` counts a row's real draft
     B = rows, W = positions of the verify pass (the anchor's and J drafts'), J = W - 1, V = vocabulary
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,11 +31,19 @@ def accept_equal(drafts_BJ: Tensor, targets_BW: Tensor, widths_B: Tensor) -> tup
     return count_leading(drafts_BJ == targets_BW[:, :-1], widths_B), targets_BW
 
 
-def count_accepted(p_BWV: Tensor, q_BJV: Tensor, drafts_BJ: Tensor, widths_B: Tensor, u_BJ: Tensor) -> Tensor:
-    """Speculative: draft v of column j survives with probability min(1, p(v) / q(v)). A, [B]."""
-    index_BJ1 = drafts_BJ[..., None]
-    p_BJ = p_BWV[:, :-1].gather(-1, index_BJ1).squeeze(-1)
-    q_BJ = q_BJV.gather(-1, index_BJ1).squeeze(-1)
+def of_tokens(law_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
+    """The probability of one token in each column. [B, T]."""
+    return law_BTV.gather(-1, tokens_BT[..., None]).squeeze(-1)
+
+
+def at_column(numbers_BTV: Tensor, at_B: Tensor) -> Tensor:
+    """One column of each row, the last where there is none of that number. [B, V]."""
+    at_B11 = at_B.clamp(max=numbers_BTV.shape[1] - 1)[:, None, None]
+    return numbers_BTV.gather(1, at_B11.expand(-1, 1, numbers_BTV.shape[-1])).squeeze(1)
+
+
+def count_accepted(p_BJ: Tensor, q_BJ: Tensor, widths_B: Tensor, u_BJ: Tensor) -> Tensor:
+    """Speculative: a draft that the views give p and q survives with probability min(1, p / q). A, [B]."""
     # "<", not "<=": u can be 0 in principle, and a draft with p = 0 must never pass.
     return count_leading(u_BJ * q_BJ < p_BJ, widths_B)
 
@@ -46,19 +56,24 @@ def residual(p_BV: Tensor, q_BV: Tensor) -> Tensor:
 
 
 def accept_speculative(
-    p_BWV: Tensor, q_BJV: Tensor, drafts_BJ: Tensor, widths_B: Tensor, u_accept_BJ: Tensor, u_next_BW: Tensor
+    p_BWV: Tensor,
+    q_BJ: Tensor,
+    q_at: Callable[[Tensor], Tensor],
+    drafts_BJ: Tensor,
+    widths_B: Tensor,
+    u_accept_BJ: Tensor,
+    u_next_BW: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Speculative sampling: (A [B], committed [B, W]); row b commits its first A + 1 entries.
 
-    Entry A is drawn with u_next[b, A]: from the residual where draft A was rejected, from p where none was.
+    Entry A is drawn with u_next[b, A]: from the residual where draft A was rejected, from p where none was. Of the law
+    that drafted, only the drafts' own q is wanted of every column, and all of it where a row was rejected:
+    q_at(columns [B], each less than J) -> [B, V].
     """
-    num_accepted_B = count_accepted(p_BWV, q_BJV, drafts_BJ, widths_B, u_accept_BJ)
-    at_B11 = num_accepted_B[:, None, None]
-    p_BV = p_BWV.gather(1, at_B11.expand(-1, 1, p_BWV.shape[-1])).squeeze(1)
-    law_BV = p_BV
+    num_accepted_B = count_accepted(of_tokens(p_BWV[:, :-1], drafts_BJ), q_BJ, widths_B, u_accept_BJ)
+    law_BV = p_BV = at_column(p_BWV, num_accepted_B)
     if drafts_BJ.shape[1]:
-        last = q_BJV.shape[1] - 1
-        q_BV = q_BJV.gather(1, at_B11.clamp(max=last).expand(-1, 1, q_BJV.shape[-1])).squeeze(1)
+        q_BV = q_at(num_accepted_B.clamp(max=drafts_BJ.shape[1] - 1))
         was_rejected_B1 = (num_accepted_B < widths_B)[:, None]
         law_BV = torch.where(was_rejected_B1, residual(p_BV, q_BV), p_BV)
     u_B1 = u_next_BW.gather(1, num_accepted_B[:, None])

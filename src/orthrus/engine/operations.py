@@ -21,6 +21,7 @@ KERNEL_FILES = {
     "head_argmax": "head",
     "project_heads": "place",
     "attend": "attention",
+    "gumbel": "noise",
 }
 """The module of `engine/kernels` that holds each operation."""
 
@@ -35,6 +36,7 @@ class Ops(NamedTuple):
     head_argmax: Callable[..., Tensor]
     project_heads: Callable[..., Tensor]
     attend: Callable[..., Tensor]
+    gumbel: Callable[..., Tensor]
 
 
 def choose_ops(device: torch.device) -> Ops:

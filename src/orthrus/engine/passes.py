@@ -88,19 +88,9 @@ class Inputs:
 
     def begin_read(self) -> Callable[[], list[list[int]]]:
         """Have `result_BX` copied to the host as it is at this point of the device's work; waits when called."""
-        if not self.result_BX.is_cuda:
-            return self.result_BX.tolist
-        if self._host_BX is None:
+        if self.result_BX.is_cuda and self._host_BX is None:
             self._host_BX = torch.empty(self.result_BX.shape, dtype=torch.long, pin_memory=True)
-        host_BX, copied = self._host_BX, torch.cuda.Event()
-        host_BX.copy_(self.result_BX, non_blocking=True)
-        copied.record()
-
-        def read() -> list[list[int]]:
-            copied.synchronize()
-            return host_BX.tolist()
-
-        return read
+        return begin_read(self.result_BX, self._host_BX)
 
     def addresses(self) -> tuple[int, ...]:
         """Where the buffers lie: what a captured graph reads and writes."""
@@ -118,6 +108,23 @@ class Inputs:
     def _padded(self, *numbers: Sequence[int]) -> list[list[int]]:
         num_padding = self.shape.num_rows - len(numbers[0])
         return [[*row, *[padding] * num_padding] for row, padding in zip(numbers, (0, 0, PADDING), strict=True)]
+
+
+def begin_read(there: Tensor, host: Tensor | None = None) -> Callable[[], list]:
+    """Have a tensor copied to the host, to pinned memory there unless some is given; waits for it when called."""
+    if not there.is_cuda:
+        return there.tolist
+    if host is None:
+        host = torch.empty(there.shape, dtype=there.dtype, pin_memory=True)
+    here, copied = host, torch.cuda.Event()
+    here.copy_(there, non_blocking=True)
+    copied.record()
+
+    def read() -> list:
+        copied.synchronize()
+        return here.tolist()
+
+    return read
 
 
 class Passes:

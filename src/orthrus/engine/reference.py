@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from orthrus.decoding import sampling
 from orthrus.engine.quantise import quantise_rows
 from orthrus.model.masks import draft_mask, verify_mask
 
@@ -209,3 +210,8 @@ def attend(
     weights = scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1)
     mixed = weights @ values.float().masked_fill(~mask.any(1)[..., None, None], 0).transpose(1, 2)[:, :, None]
     return mixed.permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1).to(q_RNH.dtype)
+
+
+def gumbel(seeds_B: Tensor, positions_BT: Tensor, num_tokens: int) -> Tensor:
+    """Gumbel noise of every token at every position, float32 [B, T, V]: to the bit what other backends add."""
+    return sampling.gumbel(seeds_B, positions_BT, num_tokens)
