@@ -162,7 +162,7 @@ def peak_bytes(work: Callable[[], Any], folder: Path) -> int:
 @pytest.mark.parametrize("kind", [0, 1, 3, "mixed"])
 @torch.inference_mode()
 def test_choices_take_no_more_copies_than_are_reserved(kind: int | str, tmp_path: Path):
-    """At a real vocabulary, where histograms are small; logits are counted, and what a draft keeps is, too."""
+    """Logits are counted, and what a draft keeps is, too."""
     num_tokens, num_columns = 151_936, 3
     kinds: list[dict[str, Any]] = [dict(temperature=0.8, top_p=0.95, top_k=50, seed=1), KINDS[0]]
     if isinstance(kind, int):

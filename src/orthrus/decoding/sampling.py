@@ -177,11 +177,11 @@ class Edge(NamedTuple):
 def drop_top_p_(scores: Tensor, tail: Tensor, best: Best | None = None) -> None:
     """Drop the least likely tokens whose total stays within `tail` (1 - p, fp32), in place; the likeliest stays.
 
-    Of equally likely tokens those of lower ids are dropped first. A tail of 0 drops nothing. The vocabulary is not
-    sorted. With `best` only these tokens, and such as score as the least of them does, have any probability.
+    Of equally likely tokens those of lower ids are dropped first. A tail of 0 drops nothing. With `best` only these
+    tokens, and such as score as the least of them does, have any probability; without, the vocabulary is sorted.
     """
     p = scores.softmax(-1)
-    edge = edge_by_digits(scores, masses(p), tail) if best is None else edge_of_list(scores, p, tail, best)
+    edge = edge_of_list(scores, p, tail, Best(*scores.sort(-1, descending=True)) if best is None else best)
     del p
     is_edge = scores == edge.score
     first_kept, _ = first_above(is_edge, edge.num_dropped)
@@ -190,36 +190,17 @@ def drop_top_p_(scores: Tensor, tail: Tensor, best: Best | None = None) -> None:
     scores.masked_fill_(drop.logical_and_(tail > 0), -math.inf)  # else tokens without mass would go, in company only
 
 
-def edge_by_digits(scores: Tensor, mass: Tensor, tail: Tensor) -> Edge:
-    """The score at which the total of all lower ones and its own passes the tail, digit by digit in histograms of
-    mass, which is used up."""
-    left = mass_to_drop(tail, mass.sum(-1, keepdim=True))
-    keys, edge = sortable(scores), torch.zeros_like(left)
-    sums = digit = edge
-    for shift, size in DIGITS:
-        digits = (keys >> shift).bitwise_and_((1 << size) - 1)
-        sums = torch.zeros(*left.shape[:-1], 1 << size, dtype=torch.int64, device=left.device)
-        sums.scatter_add_(-1, digits.long(), mass)
-        digit, below = first_above(sums, left)
-        left, edge = left - below, edge | (digit << shift)
-        mass.mul_(digits == digit)  # what has other digits is decided
-    score = unsortable(edge)
-    # Equal scores have equal masses: those of the edge are so many times one.
-    num_edge = (scores == score).sum(-1, keepdim=True).clamp(min=1)
-    of_one = sums.gather(-1, digit) // num_edge
-    return Edge(score, left // of_one.clamp(min=1))
-
-
 def edge_of_list(scores: Tensor, p: Tensor, tail: Tensor, best: Best) -> Edge:
-    """The same where all that has mass is in a list, but for more tokens that score as the last of the list."""
+    """The score at which the total of all lower ones and its own passes the tail, where all that has mass is in a list,
+    but for more tokens that score as the last of the list."""
     ascending, mass = best.scores.flip(-1), masses(p.gather(-1, best.ids)).flip(-1)
     least = ascending[..., :1]
-    is_least = ascending == least
-    num_others = (scores == least).sum(-1, keepdim=True) - is_least.sum(-1, keepdim=True)
+    num_others = (scores == least).sum(-1, keepdim=True) - (ascending == least).sum(-1, keepdim=True)
     others = num_others * mass[..., :1]  # none, where top-k dropped the least
     up_to = mass.cumsum(-1) + others
     left = mass_to_drop(tail, up_to[..., -1:])
     place = (up_to <= left).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
+    del up_to
     score = ascending.gather(-1, place)
     left = left - (mass * (ascending < score)).sum(-1, keepdim=True) - others * (score > least)
     of_one = (mass * (ascending == score)).amax(-1, keepdim=True)
@@ -238,9 +219,6 @@ def drop_min_p_(scores: Tensor, min_p: Tensor) -> None:
 MASS_UNIT = 2.0**60
 """Units of mass in a probability of 1. What an fp32 probability has below 2^-60 is lost."""
 
-DIGITS = ((21, 11), (10, 11), (0, 10))
-"""Where the digits of a sortable key begin and how many bits each has, highest first."""
-
 MAX_LISTED = 1024
 """The largest top-k for which top-p looks at the list of the best alone."""
 
@@ -256,18 +234,6 @@ def masses(p: Tensor) -> Tensor:
 def mass_to_drop(tail: Tensor, total: Tensor) -> Tensor:
     """The most that top-p drops, less than all. int64 [..., 1]."""
     return torch.minimum(masses(tail), total - 1)
-
-
-def sortable(scores: Tensor) -> Tensor:
-    """int32 whose bits, unsigned, are in the order of the float32 scores; zeros of both signs are equal."""
-    bits = (scores + 0.0).view(torch.int32)
-    return bits ^ ((bits >> 31) | -(2**31))
-
-
-def unsortable(keys: Tensor) -> Tensor:
-    """The scores of these keys, int64 from 0 to 2^32 - 1."""
-    signed = (keys - 2**31).int()
-    return (signed ^ ((signed >> 31) & (2**31 - 1))).view(torch.float32)
 
 
 def first_above(numbers: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:

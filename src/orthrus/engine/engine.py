@@ -37,11 +37,12 @@ MIN_TABLE_PAGES = 4
 """The smallest table of a pass: one split of attention."""
 FREE_SHARE = 0.9
 """The part of a GPU's free memory that pages get unless told; the rest is for what a pass computes."""
-SCORE_COPIES = 10
-"""fp32 numbers for each logit that are alive at once, at most, while a cycle's rows are chosen (top-p has most)."""
-SCORES_BYTES = 2**29
+SCORE_COPIES = 16
+"""fp32 numbers for each logit that are alive at once, at most, while a cycle's rows are chosen: top-p has most, 13 on
+a CPU, and a GPU's sort has buffers."""
+SCORES_BYTES = 3 * 2**28
 """What these may take together: rows are chosen in groups that fit, of one at least. At Qwen3's vocabulary and 32
-positions a row takes 194 MB, and two are a group."""
+positions a row takes 311 MB, and two are a group."""
 KEPT_BYTES = 2**28
 """What may be kept of sampled drafts until they are verified; what would not fit is computed again then."""
 RESERVED_BYTES = SCORES_BYTES + KEPT_BYTES + 2**28

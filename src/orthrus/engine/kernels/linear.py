@@ -86,9 +86,76 @@ class Execution(NamedTuple):
     num_stages: int
 
 
-BY_ROWS: dict[tuple[int, int, int], dict[int, Execution]] = {}
-"""By (E, D, bytes of a weight) and one of ROWS, where measuring (`benchmarks/tiles.py --rows`) found better than what
-TILES say."""
+BY_ROWS: dict[tuple[int, int, int], dict[int, Execution]] = {
+    # Qwen3-8B: gate_up, down, qkv, o, head
+    (24576, 4096, 2): {
+        64: Execution(64, 4, 4),
+        128: Execution(64, 4, 3),
+        256: Execution(128, 4, 6),
+        512: Execution(256, 8, 3),
+    },
+    (4096, 12288, 2): {128: Execution(64, 4, 4), 256: Execution(128, 4, 3), 512: Execution(128, 8, 3)},
+    (6144, 4096, 2): {128: Execution(64, 4, 4), 256: Execution(128, 4, 3), 512: Execution(128, 8, 3)},
+    (4096, 4096, 2): {
+        64: Execution(64, 4, 3),
+        128: Execution(128, 4, 3),
+        256: Execution(128, 4, 3),
+        512: Execution(128, 8, 3),
+    },
+    (151936, 4096, 2): {128: Execution(128, 4, 3), 256: Execution(128, 4, 3), 512: Execution(128, 4, 3)},
+    # Qwen3-4B
+    (19456, 2560, 2): {
+        16: Execution(128, 8, 5),
+        64: Execution(64, 4, 3),
+        128: Execution(64, 4, 3),
+        256: Execution(128, 4, 6),
+        512: Execution(128, 8, 3),
+    },
+    (2560, 9728, 2): {
+        64: Execution(64, 4, 4),
+        128: Execution(64, 4, 4),
+        256: Execution(128, 4, 3),
+        512: Execution(128, 8, 3),
+    },
+    (6144, 2560, 2): {128: Execution(64, 4, 4), 256: Execution(128, 4, 3), 512: Execution(128, 8, 3)},
+    (2560, 4096, 2): {
+        64: Execution(64, 4, 4),
+        128: Execution(64, 4, 4),
+        256: Execution(128, 4, 3),
+        512: Execution(128, 8, 3),
+    },
+    (151936, 2560, 2): {128: Execution(128, 4, 3), 512: Execution(128, 4, 3)},
+    # Qwen3-1.7B
+    (12288, 2048, 2): {
+        64: Execution(128, 4, 6),
+        128: Execution(128, 4, 6),
+        256: Execution(64, 4, 3),
+        512: Execution(128, 8, 3),
+    },
+    (2048, 6144, 2): {
+        64: Execution(64, 4, 4),
+        128: Execution(64, 4, 4),
+        256: Execution(128, 4, 3),
+        512: Execution(128, 8, 3),
+    },
+    (4096, 2048, 2): {
+        16: Execution(64, 4, 4),
+        64: Execution(64, 4, 4),
+        128: Execution(64, 4, 4),
+        256: Execution(128, 4, 3),
+        512: Execution(128, 8, 3),
+    },
+    (2048, 2048, 2): {
+        16: Execution(128, 4, 3),
+        64: Execution(64, 4, 4),
+        128: Execution(64, 4, 3),
+        256: Execution(128, 4, 3),
+        512: Execution(128, 8, 3),
+    },
+    (151936, 2048, 2): {128: Execution(128, 4, 3), 512: Execution(128, 4, 3)},
+}
+"""By (E, D, bytes of a weight) and one of ROWS, where measuring on an H200 (`benchmarks/tiles.py --rows`; 16 inside of
+passes) found better than what TILES say."""
 
 ROWS = (16, 32, 64, 128, 256, 512)
 """Up to so many rows run as that many were measured to; more as the last."""
