@@ -50,7 +50,7 @@ def both(model: OrthrusForCausalLM, **settings) -> tuple:
         {"do_sample": True, "seed": 1, "num_return_sequences": 3},
         {"repetition_penalty": 1.3, "eos_token_id": [3, 9], "min_new_tokens": 5},
         {"prefill_chunk_size": 4},
-        {"stopping_criteria": StoppingCriteriaList([StopOnSum(5), MaxTimeCriteria(100)])},
+        {"stopping_criteria": StoppingCriteriaList([StopOnSum(5), MaxTimeCriteria(36_000)])},
         {"logits_processor": LogitsProcessorList([PreferEven()])},
     ],
     ids=lambda settings: "-".join(settings) or "greedy",
