@@ -12,7 +12,7 @@ verification give one position the same bits, in any batch:
 Who computes a state changes none of this. The shapes of a pass choose among two ways (`Plan`): a program reads one
 split and leaves its state in a scratch of (num_splits + 1) * R * N * (H + 2) * 4 bytes, which a second kernel folds; or
 it reads all of a row, when there are programs enough, as in prefill. For Qwen3-8B at 40k slots, the scratch of 32
-positions is 28 MB, beside 168 MB of keys and values. Lengths and tables are read on the device.
+positions is 24 MB, beside 168 MB of keys and values. Lengths and tables are read on the device.
 
 The kernels are Triton's (`attention_kernels.py`). B, R, N, G, H, P, S, M as in `engine/reference.py`.
 """
