@@ -2,7 +2,8 @@
 
 `ORTHRUS_SOAK_REQUESTS` sets how many requests there are in all (400 by default; published claims are made with 2,000).
 Each goes through two schedules that differ in rows, pages, their size and prefill chunks, one of them with so few pages
-that requests are preempted and prefixes given up; every tenth is decoded alone as well, at batch 1 in a new engine.
+that requests are preempted and prefixes given up; every tenth (`ORTHRUS_SOAK_ALONE_EVERY`) is decoded alone as well, at
+batch 1 in a new engine.
 Without CUDA the same is done by a toy in fp32, which shows that this file runs (tests/engine/test_soak.py).
 """
 
@@ -24,7 +25,7 @@ from tests.engine.test_soak import soak_toy
 from tests.engine.workload import BlockSize, Limits, Mix, Soaked, soak
 
 NUM_REQUESTS = int(os.environ.get("ORTHRUS_SOAK_REQUESTS", "400"))
-ALONE_EVERY = 10
+ALONE_EVERY = int(os.environ.get("ORTHRUS_SOAK_ALONE_EVERY", "10"))
 LIMITS = (
     Limits(num_pages=200, page_slots=16, max_rows=24, step_tokens=1024, prefill_chunk=512),
     Limits(num_pages=900, page_slots=64, max_rows=48, step_tokens=2048, prefill_chunk=320),
