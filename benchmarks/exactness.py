@@ -100,6 +100,12 @@ class Step:
 # Choosing tiles and spreads
 
 
+def present(shape: tuple[int, int]) -> Tiles:
+    """The tiles that one row's product runs with as things are."""
+    tiles, by_rows = linear.tiles_of_shape(*shape, 2), linear.BY_ROWS.get((*shape, 2), {})
+    return tiles._replace(**by_rows[linear.ROWS[0]]._asdict()) if linear.ROWS[0] in by_rows else tiles
+
+
 def choices(product: Product) -> list[Choice]:
     """What the sweep tries."""
     if product.way == "gemv":
@@ -112,7 +118,7 @@ def choices(product: Product) -> list[Choice]:
         for warps, stages in ((4, 3), (4, 4), (4, 6), (8, 4))
         if stages * block_k * (block_e + 16) * 2 <= SHARED_BYTES
     ]
-    return [*dict.fromkeys([linear.tiles_of_shape(*product.shape, 2), *tried])]
+    return [*dict.fromkeys([present(product.shape), *tried])]
 
 
 def compiled_as(product: Product, choice: Choice) -> tuple[Any, ...]:
@@ -145,6 +151,7 @@ def operands(product: Product, device: torch.device) -> tuple[Tensor, Tensor, Te
 
 def compile_some(work: list[tuple[Product, Choice]], device: torch.device) -> None:
     """Compile the kernels of these choices."""
+    linear.BY_ROWS.clear()
     for product in dict.fromkeys(product for product, _ in work):
         given = operands(product, device)
         for choice in (choice for one, choice in work if one == product):
@@ -187,13 +194,15 @@ def fastest(product: Product, tried: Sequence[Choice], device: torch.device) -> 
 
 @contextmanager
 def restored_tiles() -> Iterator[None]:
-    """Put `linear.TILES` back as it was."""
-    kept = dict(linear.TILES)
+    """Put the tables of `linear` back as they were."""
+    tables = linear.TILES, linear.BY_ROWS
+    kept = [dict(table) for table in tables]
     try:
         yield
     finally:
-        linear.TILES.clear()
-        linear.TILES.update(kept)
+        for table, before in zip(tables, kept, strict=True):
+            table.clear()
+            table.update(before)
 
 
 def sweep(models: Sequence[str], ways: Sequence[str], device: torch.device, num_processes: int) -> Found:
@@ -204,6 +213,7 @@ def sweep(models: Sequence[str], ways: Sequence[str], device: torch.device, num_
     tried = {product: choices(product) for product in products}
     found: Found = {}
     with restored_tiles():
+        linear.BY_ROWS.clear()  # it would stand in for what is tried
         if device.type == "cuda":
             compile_all([(product, one) for product, some in tried.items() for one in some], device, num_processes)
             print(f"# compiled at {time.perf_counter() - begun:.0f} s", flush=True)
@@ -264,9 +274,10 @@ def ops_of(way: str, found: Found, device: torch.device) -> Ops:
 
 @contextmanager
 def tiles_of_way(way: str, found: Found) -> Iterator[None]:
-    """`linear.TILES` as a way wants it."""
+    """The tables of `linear` as a way wants them."""
     with restored_tiles():
         if way == "tuned":
+            linear.BY_ROWS.clear()
             linear.TILES.update({(*p.shape, 2): choice for p, choice in found.items() if isinstance(choice, Tiles)})
         yield
 
