@@ -195,7 +195,7 @@ def fastest(product: Product, tried: Sequence[Choice], device: torch.device) -> 
 @contextmanager
 def restored_tiles() -> Iterator[None]:
     """Put the tables of `linear` back as they were."""
-    tables = linear.TILES, linear.BY_ROWS
+    tables: tuple[dict[Any, Any], ...] = (linear.TILES, linear.BY_ROWS)
     kept = [dict(table) for table in tables]
     try:
         yield

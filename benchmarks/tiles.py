@@ -155,7 +155,7 @@ def main() -> None:
             some = choices(name, weight_bytes) if most is None else executions(tiles_of_shape(*key), weight_bytes, most)
             tried[model, name] = list(dict.fromkeys(some))
         work = dict.fromkeys((name, tiles) for (_, name), some in tried.items() for tiles in some)
-        compile_all(list(work), precision == "fp8", tuple(rows)[:1], options.processes)
+        compile_all(list(work), precision == "fp8", tuple(rows)[: 1 if most else None], options.processes)
         print(f"# {precision}, {most or 'few'} rows: compiled at {time.perf_counter() - begun:.0f} s", flush=True)
         for (model, name), some in tried.items():
             shape = product_shapes(MODELS[model])[name]

@@ -92,13 +92,13 @@ def test_a_draft_of_probability_zero_never_passes():
     assert written[0, 0] == 1
 
 
-def test_residual_is_normalised_and_falls_back_to_p():
+def test_residual_is_what_p_has_more_and_falls_back_to_p():
     p, q = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.2, 0.6, 0.2]])
-    torch.testing.assert_close(residual(p, q), torch.tensor([[1.0, 0.0, 0.0]]))
+    torch.testing.assert_close(residual(p, q), torch.tensor([[0.3, 0.0, 0.0]]))
     torch.testing.assert_close(residual(p, p), p)
     torch.testing.assert_close(residual(p, p + torch.tensor([[4e-6, -4e-6, 0.0]])), p)
     rest = residual(torch.tensor([[0.4, 0.4, 0.2]]), torch.tensor([[0.3, 0.2, 0.5]]))
-    torch.testing.assert_close(rest, torch.tensor([[1 / 3, 2 / 3, 0.0]]))
+    torch.testing.assert_close(rest, torch.tensor([[0.1, 0.2, 0.0]]))
 
 
 def test_the_speculative_law_is_the_ar_law():

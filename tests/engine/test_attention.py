@@ -17,7 +17,7 @@ attention = pytest.importorskip("orthrus.engine.kernels.attention")
 SCALE = 0.3
 TILES = (dict(TILE_M=16, num_warps=4, num_stages=1), dict(TILE_M=64, num_warps=4, num_stages=1))
 
-REAL = {name: getattr(attention, name) for name in ("FIRST_SLOTS", "SHARE", "DOUBLINGS", "TILE_K", "MERGE")}
+REAL = {name: getattr(attention, name) for name in ("FIRST_SLOTS", "SHARE", "DOUBLINGS", "TILE_K", "MERGE", "ALL_PROGRAMS")}
 
 HOW = {"splits": 1 << 40, "whole rows": 0}
 """Each way to spread a pass over programs, by SCRATCH_BYTES."""
@@ -245,11 +245,13 @@ def test_many_wide_rows_are_read_whole(monkeypatch) -> None:
     as_it_runs(monkeypatch)
     pool = torch.empty(1, 64, 8, 128)
 
-    def is_whole(num_rows: int, width: int) -> bool:
-        pages = Pages(pool, pool, torch.empty(num_rows, 16), torch.empty(num_rows))
+    def is_whole(num_rows: int, width: int, num_pages: int = 16) -> bool:
+        pages = Pages(pool, pool, torch.empty(num_rows, num_pages), torch.empty(num_rows))
         shape = torch.Size((num_rows * width, 32, 128))
         return attention.spread(shape, pages, width=width, element_size=2).num_splits == 0
 
     assert [is_whole(num_rows, 32) for num_rows in (1, 4, 8, 64)] == [False, False, True, True]
-    assert [is_whole(num_rows, 8) for num_rows in (16, 32)] == [False, True]
+    assert [is_whole(num_rows, 8) for num_rows in (8, 16, 32)] == [False, True, True]
+    assert not is_whole(8, 32, 640), "64 programs of 40k slots each would leave half of the processors idle"
+    assert [is_whole(16, width, 128) for width in (8, 32)] == [False, True]
     assert not any(is_whole(64, width) for width in (1, 4))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from orthrus.decoding import chooser, sampling
 from orthrus.decoding.chooser import Chooser, Settings
@@ -19,6 +20,7 @@ from orthrus.engine.engine import SCORE_COPIES, SCORES_BYTES, group_rows
 from orthrus.engine.passes import Inputs
 from tests.decoding.subjects import decode_all, random_prompt, request
 from tests.decoding.test_decoder import SAMPLED
+from tests.decoding.test_lossless import PreferEven
 from tests.engine.test_engine import engine
 
 KINDS: list[dict[str, Any]] = [
@@ -28,6 +30,14 @@ KINDS: list[dict[str, Any]] = [
     dict(temperature=1.2, min_p=0.05, rule="speculative", seed=4),
     dict(temperature=0.9, seed=5, logprobs=True),
 ]
+
+
+def with_processor(**others: Any) -> dict[str, Any]:
+    """A kind whose processor makes the prefix matter, and leaves a law little of what it had."""
+    return dict(logits_processor=LogitsProcessorList([PreferEven()] * 4), **others)
+
+
+PROCESSED = with_processor(temperature=3.0, rule="speculative", seed=6, logprobs=True)
 
 
 def requests_of(kinds: list[dict[str, Any]], num_new: int = 30) -> list:
@@ -109,11 +119,12 @@ def test_groups_and_drafts_computed_again_change_nothing(
     scores_bytes: int, kept_bytes: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Rows chosen one by one or in pairs, sampled drafts kept or not."""
-    expected, wanted = told(Decoder(engine()), requests_of(KINDS))
+    kinds = [*KINDS, PROCESSED]
+    expected, wanted = told(Decoder(engine()), requests_of(kinds))
     monkeypatch.setattr(engine_module, "SCORES_BYTES", scores_bytes)
     monkeypatch.setattr(engine_module, "KEPT_BYTES", kept_bytes)
     redrafts = counted(monkeypatch, engine_module, "at_column")
-    found, found_wanted = told(Decoder(engine()), requests_of(KINDS))
+    found, found_wanted = told(Decoder(engine()), requests_of(kinds))
     assert (redrafts[0] > 0) == (kept_bytes == 0)
     assert [one[:4] for one in found] == [one[:4] for one in expected]
     assert len(found_wanted) == len(wanted) > 0
@@ -123,6 +134,46 @@ def test_groups_and_drafts_computed_again_change_nothing(
         torch.testing.assert_close(torch.tensor(one[4] or []), torch.tensor(other[4] or []), rtol=1e-4, atol=1e-4)
     for one, other in zip(found_wanted, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [dict(temperature=0.9, seed=6), dict(temperature=0.9, seed=6, rule="speculative"), {}])
+def test_log_probabilities_are_of_the_views_own_logits(kind: dict[str, Any]):
+    """Before processors and warpers, which the scores are behind."""
+    _, records = decode_all(Decoder(engine()), requests_of([with_processor(logprobs=True, logits=True, **kind)]))
+    for record in records:
+        assert record.logits is not None and record.scores is not None and record.logprobs is not None
+        assert not torch.equal(record.logits, record.scores)
+        own = record.logits.log_softmax(-1).gather(1, torch.tensor(record.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(record.logprobs), own)
+
+
+P, Q = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.7, 0.1, 0.1, 0.1])
+
+
+@pytest.mark.parametrize(("num_rows", "has_processor"), [(20_000, False), (2_000, True)])
+def test_a_drafted_token_has_the_ar_law(num_rows: int, has_processor: bool):
+    """Over seeds, by the uniforms that are really used: what one is used for twice is correlated. Both tokens of a
+    cycle, the second where the draft was kept. A processor keeps token 1 out."""
+    processor = LogitsProcessorList([SuppressTokensLogitsProcessor([1])]) if has_processor else None
+    rows = [
+        Row(
+            index=i, tokens=[1, 2], num_prompt=1, max_tokens=9, block_size=2, seed=i, width=1, processor=processor,
+            sampling=Sampling(temperature=1.0, rule="speculative"),
+        )
+        for i in range(num_rows)
+    ]  # fmt: skip
+    one = Chooser(rows, 2, len(P), torch.device("cpu"))
+    drafts = one.draft(Q.log().expand(num_rows, 1, len(Q)).contiguous())
+    accepted, written = one.verify(
+        P.log().expand(num_rows, 2, len(P)).contiguous(), drafts, torch.ones(num_rows).long()
+    )
+    assert 0 < int(accepted.sum()) < num_rows
+    allowed = torch.arange(len(P)) != (1 if has_processor else -1)
+    for tokens, law in ((drafts[:, 0], Q), (written[:, 0], P), (written[accepted == 1, 1], P)):
+        found, expected = tokens.bincount(minlength=len(P)), law * allowed / law[allowed].sum() * len(tokens)
+        assert not found[~allowed].any(), "a token is there that the processor left out"
+        chi_squared = ((found - expected) ** 2 / expected)[allowed].sum()
+        assert chi_squared < 16.3, f"{found.tolist()} where {expected.tolist()} is the law"  # one in 1,000, 3 degrees
 
 
 def test_groups_fit_what_is_reserved():

@@ -1,16 +1,19 @@
 """Sampled cycles of the engine on a GPU: who waits, what top-p keeps, whose bits noise has, what memory they take."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from orthrus.decoding import sampling
+from orthrus.decoding.chooser import Chooser
 from orthrus.decoding.decoder import Decoder
 from orthrus.decoding.generate import OrthrusForCausalLM
-from orthrus.decoding.sampling import drop_top_k_, drop_top_p_, seed_tensor
+from orthrus.decoding.row import Row
+from orthrus.decoding.sampling import Sampling, drop_top_k_, drop_top_p_, seed_tensor
 from orthrus.engine import engine as engine_module
-from orthrus.engine.engine import EngineBackend
+from orthrus.engine.engine import SCORE_COPIES, EngineBackend
 from orthrus.environment import BUNDLED
 from tests.decoding.subjects import decode_all, request
 from tests.decoding.test_sampling import TOP_KS, check_kept, rows_of_each_kind, sorted_top_p
@@ -80,14 +83,58 @@ def test_noise_has_the_bits_of_torchs(backend: EngineBackend) -> None:
     assert torch.equal(found, sampling.gumbel(seeds, positions, 151_936))
 
 
-def test_many_sampled_rows_take_what_is_reserved(backend: EngineBackend) -> None:
-    requests = [request([5 + i, 9, 11], 40, **KINDS[i % 2]) for i in range(16)]
+def peak_beyond(work: Callable[[], Any]) -> int:
+    """The most that was allocated at once beyond what there was."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    decode_all(Decoder(backend, block_size=8), requests)
-    for row in range(len(requests)):
-        backend.release(row)
-    taken = torch.cuda.max_memory_allocated() - before
-    print(f"\n16 sampled rows: {taken / 1e6:.0f} MB beside weights and pages")
-    assert taken < engine_module.RESERVED_BYTES
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def test_many_sampled_rows_take_what_is_reserved(backend: EngineBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond what greedy rows take: what two rows may take, of sixteen."""
+    row_logits = 8 * backend.model.config.vocab_size
+    allowed = 2 * SCORE_COPIES * 4 * row_logits
+    monkeypatch.setattr(engine_module, "SCORES_BYTES", allowed)
+    monkeypatch.setattr(engine_module, "KEPT_BYTES", 0)
+    assert len(engine_module.group_rows(16, row_logits)) == 8
+
+    def decode(*kinds: dict[str, Any]) -> None:
+        decode_all(
+            Decoder(backend, block_size=8), [request([5 + i, 9, 11], 40, **kinds[i % len(kinds)]) for i in range(16)]
+        )
+        for row in range(16):
+            backend.release(row)
+
+    for kinds in ([{}], KINDS[:2]):
+        decode(*kinds)  # captures
+    greedy, sampled = peak_beyond(lambda: decode({})), peak_beyond(lambda: decode(*KINDS[:2]))
+    print(
+        f"\n16 sampled rows: {sampled / 1e6:.1f} MB, greedy {greedy / 1e6:.1f} MB, allowed {allowed / 1e6:.1f} MB more"
+    )
+    assert sampled - greedy <= allowed
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_choices_take_no_more_copies_than_are_reserved(kind: int) -> None:
+    """At Qwen3's vocabulary, a GPU's sort included."""
+    num_tokens, num_columns = 151_936, 8
+    names = ("temperature", "top_p", "top_k", "rule")
+    settings = {name: value for name, value in KINDS[kind].items() if name in names}
+    row = Row(
+        index=0, tokens=[1, 2], num_prompt=1, max_tokens=99, block_size=num_columns, seed=1, width=num_columns - 1,
+        sampling=Sampling(**settings), wants_logprobs=True,
+    )  # fmt: skip
+    logits = torch.randn(2, 1, num_columns, num_tokens, device="cuda").bfloat16()
+    one = Chooser([row], num_columns, num_tokens, logits.device, redraft=lambda columns: logits[0][:, 0])
+    drafts: list[torch.Tensor] = []
+    widths = torch.full((1,), num_columns - 1, device="cuda")
+    copy = num_columns * num_tokens * 4
+    peaks = [
+        peak_beyond(lambda: drafts.append(one.draft(logits[0][:, :-1]))),
+        peak_beyond(lambda: one.verify(logits[1], drafts[0], widths)),
+    ]
+    print(f"\ncopies at once: {[round(peak / copy, 1) for peak in peaks]}")
+    assert max(peaks) + copy / 2 <= SCORE_COPIES * copy

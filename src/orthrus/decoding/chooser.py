@@ -67,7 +67,7 @@ class Settings:
         """Those of some of the rows."""
         return Settings(
             self.of[rows],
-            self.laws.of_rows(rows),
+            self.laws.some(rows, [sampling for sampling, _ in self.of[rows]]),
             self.seeds_B[rows],
             self.is_speculative_B1[rows],
             self.is_coupled_B1[rows],
@@ -102,7 +102,7 @@ class Chooser:
         self._q_BJ: Tensor | None = None
         self._draft_logits_BJV: Tensor | None = None
         self._noise_BWV: Tensor | None = None
-        self._wanted_BWV: tuple[Tensor, Tensor] | None = None
+        self._wanted: dict[int, tuple[Tensor, ...]] = {}
         rules = [row.sampling.effective_rule for row in rows]
         self._is_greedy = all(rule == "greedy" for rule in rules)
         self._num_speculative = rules.count("speculative")
@@ -138,8 +138,12 @@ class Chooser:
             for b in self._walked:
                 self._walk_verify(b, logits_BWV[b], drafts_BJ[b])
         scores = self._scores(logits_BWV)
-        if any(row.wants_logits for row in self._rows):
-            self._wanted_BWV = own_BWV, scores
+        # Copies: a view would keep all rows' alive.
+        self._wanted = {
+            b: tuple(numbers_BWV[b].to(torch.float32, copy=True) for numbers_BWV in (own_BWV, scores))
+            for b, row in enumerate(self._rows)
+            if row.wants_logits
+        }
         num_accepted_B, committed_BW = self._accept(scores, drafts_BJ, widths_B)
         if any(row.wants_logprobs for row in self._rows):
             self.logprobs_BW = of_tokens(own_BWV.float().log_softmax(-1), committed_BW)
@@ -152,10 +156,8 @@ class Chooser:
             num_tokens = len(outcome.tokens)
             if row.wants_logprobs and logprobs is not None:
                 outcome.logprobs = list(logprobs[b][:num_tokens])
-            if row.wants_logits and self._wanted_BWV is not None:
-                outcome.logits, outcome.scores = (
-                    numbers_BWV[b, :num_tokens].float().clone() for numbers_BWV in self._wanted_BWV
-                )
+            if row.wants_logits:
+                outcome.logits, outcome.scores = (numbers_WV[:num_tokens].clone() for numbers_WV in self._wanted[b])
 
     def _scores(self, logits_BTV: Tensor) -> Tensor:
         return logits_BTV if self._is_greedy else warp(logits_BTV, self._settings.laws)

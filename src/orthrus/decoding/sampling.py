@@ -12,8 +12,8 @@ integers on the device, so that it depends on neither the batch, nor the block, 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class Laws:
     min_p: Tensor
     uses_temperature: bool
     max_top_k: int
-    is_top_k: bool
+    all_top_k: bool
     """Whether each row has a top-k."""
     uses_top_p: bool
     uses_min_p: bool
@@ -86,7 +86,6 @@ class Laws:
     @classmethod
     def of(cls, samplings: Sequence[Sampling], device: torch.device) -> "Laws":
         """The laws of these rows; a greedy row gets temperature 1, which leaves its argmax alone."""
-
         own = [Sampling(temperature=1.0) if s.temperature < GREEDY_BELOW else s for s in samplings]
         columns = (
             torch.tensor([s.temperature for s in own], dtype=torch.float32),
@@ -95,22 +94,24 @@ class Laws:
             torch.tensor([s.min_p for s in own], dtype=torch.float32),
         )
         temperature, top_k, tail, min_p = (column_B[:, None, None] for column_B in send(columns, device))
-        return cls(
-            temperature=temperature,
-            top_k=top_k,
-            tail=tail,
-            min_p=min_p,
-            uses_temperature=any(s.temperature != 1 for s in own),
-            max_top_k=max(s.top_k for s in own),
-            is_top_k=all(s.top_k for s in own),
-            uses_top_p=any(s.top_p < 1 for s in own),
-            uses_min_p=any(s.min_p > 0 for s in own),
-        )
+        return cls(temperature, top_k, tail, min_p, **flags(own))
 
-    def of_rows(self, rows: slice) -> "Laws":
-        """The laws of some of the rows. What they use is what all use, which changes nothing but the work."""
-        own = {name: getattr(self, name)[rows] for name in ("temperature", "top_k", "tail", "min_p")}
-        return replace(self, **own)
+    def some(self, rows: slice, samplings: Sequence[Sampling]) -> "Laws":
+        """The laws of some of the rows, whose settings are given."""
+        columns = (getattr(self, name)[rows] for name in ("temperature", "top_k", "tail", "min_p"))
+        return Laws(*columns, **flags(samplings))
+
+
+def flags(samplings: Sequence[Sampling]) -> dict[str, Any]:
+    """What `Laws` have to do for these rows; temperatures of greedy rows are not asked."""
+    drawn = [s for s in samplings if s.temperature >= GREEDY_BELOW]
+    return dict(
+        uses_temperature=any(s.temperature != 1 for s in drawn),
+        max_top_k=max((s.top_k for s in drawn), default=0),
+        all_top_k=len(drawn) == len(samplings) and all(s.top_k for s in drawn),
+        uses_top_p=any(s.top_p < 1 for s in drawn),
+        uses_min_p=any(s.min_p > 0 for s in drawn),
+    )
 
 
 def send(columns: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -139,7 +140,7 @@ def warp(logits_BTV: Tensor, laws: Laws) -> Tensor:
     if laws.max_top_k:
         best = drop_top_k_(scores, laws.top_k, laws.max_top_k)
     if laws.uses_top_p:
-        drop_top_p_(scores, laws.tail, best if laws.is_top_k and laws.max_top_k <= MAX_LISTED else None)
+        drop_top_p_(scores, laws.tail, best if laws.all_top_k and laws.max_top_k <= MAX_LISTED else None)
     if laws.uses_min_p:
         drop_min_p_(scores, laws.min_p)
     return scores
@@ -258,8 +259,10 @@ def _first_above(numbers: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pick_inverse_cdf(p_BTV: Tensor, u_BT: Tensor) -> Tensor:
-    """The token at which the cumulated weights pass u: a draw from p (up to rounding normalised) for u in (0, 1).
-    [B, T]. A token without mass is never picked."""
+    """The token at which the cumulated weights pass u: a draw from p (normalised or not) for u in (0, 1). [B, T].
+
+    A token without mass is never picked.
+    """
     mass_BTV = masses(p_BTV)
     # In double precision u times the total is less than the total, also behind both roundings.
     bound_BT1 = (u_BT[..., None].double() * mass_BTV.sum(-1, keepdim=True)).long()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from orthrus.decoding.sampling import pick_inverse_cdf
+from orthrus.decoding.sampling import MASS_UNIT, masses, pick_inverse_cdf
 
 RESIDUAL_FLOOR = 1e-5
 """A residual of no more mass than this is rounding: p and q agree there, and p itself is drawn from (official code)."""
@@ -49,10 +49,13 @@ def count_accepted(p_BJ: Tensor, q_BJ: Tensor, widths_B: Tensor, u_BJ: Tensor) -
 
 
 def residual(p_BV: Tensor, q_BV: Tensor) -> Tensor:
-    """The law after a rejection: norm((p - q)+), or p where that has next to no mass. [B, V]."""
+    """Weights of the law after a rejection: (p - q)+, or p where that has next to no mass. [B, V].
+
+    Not normalised: who draws knows their sum, and one in floating point would depend on a row's company.
+    """
     rest_BV = (p_BV - q_BV).clamp(min=0)
-    mass_B1 = rest_BV.sum(-1, keepdim=True)
-    return torch.where(mass_B1 <= RESIDUAL_FLOOR, p_BV, rest_BV / mass_B1)
+    mass_B1 = masses(rest_BV).sum(-1, keepdim=True)
+    return torch.where(mass_B1 <= int(RESIDUAL_FLOOR * MASS_UNIT), p_BV, rest_BV)
 
 
 def accept_speculative(
