@@ -17,7 +17,8 @@ attention = pytest.importorskip("orthrus.engine.kernels.attention")
 SCALE = 0.3
 TILES = (dict(TILE_M=16, num_warps=4, num_stages=1), dict(TILE_M=64, num_warps=4, num_stages=1))
 
-REAL = {name: getattr(attention, name) for name in ("FIRST_SLOTS", "SHARE", "DOUBLINGS", "TILE_K", "MERGE", "ALL_PROGRAMS")}
+REAL_NAMES = ("FIRST_SLOTS", "SHARE", "DOUBLINGS", "TILE_K", "MERGE", "ALL_PROGRAMS")
+REAL = {name: getattr(attention, name) for name in REAL_NAMES}
 
 HOW = {"splits": 1 << 40, "whole rows": 0}
 """Each way to spread a pass over programs, by SCRATCH_BYTES."""
