@@ -339,7 +339,7 @@ def test_in_doubt_plain():
 def restless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Widths that change with every cycle, whatever is best."""
     widths = itertools.cycle([3, 0, 7, 7, 0, 0, 3])
-    monkeypatch.setattr(Schedule, "choose", lambda self, candidates, num_slots: next(widths))
+    monkeypatch.setattr(Schedule, "choose", lambda *args, running=None: Choice(next(widths)))
 
 
 @pytest.mark.usefixtures("restless")
