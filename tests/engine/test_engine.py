@@ -371,7 +371,7 @@ def count_drafts(backend: EngineBackend, monkeypatch: pytest.MonkeyPatch) -> lis
 
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_a_change_of_width_that_was_planned_wastes_no_draft(num_rows: int, monkeypatch: pytest.MonkeyPatch):
-    """Plain steps between, blocks of 2, 4 and 8 columns, two widths of one shape, pages of 16 slots in tables that grow."""
+    """Plain steps between, blocks of 2, 4 and 8 columns, two widths of one shape, tables that grow."""
     widths = [3, 0, 7, 7, 0, 0, 5, 6, 1, 2, 7, 3]
     found = []
     for looks_ahead in (True, False):

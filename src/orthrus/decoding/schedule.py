@@ -29,6 +29,9 @@ ROWS_AT_ONCE = 16
 """Rows whose expectation is computed anew for a choice, in turn: for all of a large batch it would take as long as
 much of a pass."""
 
+KNOWN = 1.05
+"""The least that may be hoped for, over a cost that is known well enough: some 16 times. Widths that are worth nearly
+the same would otherwise be tried for ever."""
 STOP_MARGIN = 1.03
 """How much better than plain decoding drafting must look: in doubt, plain."""
 TRIAL_SHARE = 0.015
@@ -37,7 +40,7 @@ SAVED_SHARE = 0.1
 """And of the time that drafting saved."""
 FIRST_CREDIT = 2.5
 """What trials may lose at first, in plain steps."""
-MAX_CREDIT = 3.0
+MAX_CREDIT = 1.5
 """What is saved up for trials, in plain steps, unless a single one costs more: a long calm is no reason for many."""
 FIRST_WAIT, LAST_WAIT = 3, 48
 """Plain steps between two trials that did not pay, doubled by each."""
@@ -54,7 +57,7 @@ class Experience:
     def __init__(self, block_size: int):
         self.block_size = block_size
         self.widths = offered_widths(block_size)
-        self.pool = Survival(block_size, memory=POOL_MEMORY)
+        self.pool = Survival(block_size, memory=POOL_MEMORY, fades_unseen=False)
         self.strength = PriorStrength()
         self.table = CostTable(self.widths)
         self.credit = FIRST_CREDIT
@@ -117,7 +120,10 @@ class Schedule:
         return Survival(self.experience.block_size, memory=MEMORY)
 
     def choose(self, candidates: Sequence[Candidate], num_slots: int, *, running: Choice | None = None) -> Choice:
-        """The next cycle's width; the longest row sees `num_slots` slots. `running`: the choice that is not learnt yet."""
+        """The next cycle's width; the longest row sees `num_slots` slots.
+
+        `running`: the choice of a cycle that nothing is known of yet.
+        """
         self._num_chosen += 1
         if not any(candidate.room for candidate in candidates):
             return Choice(0)
@@ -133,7 +139,7 @@ class Schedule:
         if running is not None and running.is_trial:  # what it shows comes first
             return choice
         hoped = [cost * math.exp(-doubt) for cost, doubt in zip(costs, place.doubts(), strict=True)]
-        trial = self._trial(tokens, hoped, current, choice.speed)
+        trial = self._trial(tokens, costs, hoped, current, choice.speed)
         if trial is None:
             return choice
         loss = costs[trial] - tokens[trial] / choice.speed
@@ -180,7 +186,10 @@ class Schedule:
             return
         # A trial that won pays for the next, so that a better text is soon seen to be one.
         loss = cost - num_tokens / choice.speed
-        self.experience.credit -= loss
+        if loss > 0:
+            self.experience.credit -= loss
+        else:
+            self._earn(-loss, limit=MAX_CREDIT)
         if not choice.is_plain_best:
             return
         if loss <= 0:
@@ -213,18 +222,23 @@ class Schedule:
         """Cycles in which the more costly part of the work comes round to every row."""
         return -(-len(candidates) // ROWS_AT_ONCE)
 
-    def _trial(self, tokens: Sequence[float], hoped: Sequence[float], current: int, speed: float) -> int | None:
-        """Number of the width to try next, given the least costs that may be hoped for, in plain steps.
+    def _trial(
+        self, tokens: Sequence[float], costs: Sequence[float], hoped: Sequence[float], current: int, speed: float
+    ) -> int | None:
+        """Number of the width to try next, given what they cost and the least that may be hoped for, in plain steps.
 
-        While nothing is drafted, in due time, the widest of those that cost about as much as the narrowest at which
-        keeping all would pay; else the one that may be better than the one in use by most.
+        The one that may be better than the one in use by most. While nothing is drafted, in due time; and where none
+        seems better, the widest of those that cost about as much as the narrowest at which keeping all would pay.
         """
+        if not current and self._num_plain < self._wait:
+            return None
+        likely = [min(cost, KNOWN * hope) for cost, hope in zip(costs, hoped, strict=True)]
+        speeds = [t / cost for t, cost in zip(tokens, likely, strict=True)]
+        speeds[current] = 0.0
+        best = speeds.index(max(speeds))
+        if speeds[best] > (speed if current else STOP_MARGIN * speed):
+            return best
         if current:
-            speeds = [t / cost for t, cost in zip(tokens, hoped, strict=True)]
-            speeds[current] = 0.0
-            best = speeds.index(max(speeds))
-            return best if speeds[best] > speed else None
-        if self._num_plain < self._wait:
             return None
         paying = [i for i, width in enumerate(self.experience.widths) if i and width + 1 > hoped[i] / hoped[0]]
         return max((i for i in paying if hoped[i] <= 1.1 * hoped[paying[0]]), default=None)

@@ -259,7 +259,10 @@ class EngineBackend:
             return None
         next_inputs = self._inputs_of(widths, max(row.num_cached + row.width + 1 for row in rows))
         last_slots = None
-        if any(row.max_tokens - 1 <= row.num_cached + row.width + 1 + width for row, width in zip(rows, widths, strict=True)):
+        if any(
+            row.max_tokens - 1 <= row.num_cached + row.width + 1 + width
+            for row, width in zip(rows, widths, strict=True)
+        ):
             last_slots = [row.max_tokens - 1 for row in rows]
         next_inputs.follow(inputs, widths, self._pages_of(rows, next_inputs), last_slots=last_slots)
         return _Ahead(next_inputs, [row.index for row in rows], widths, self._draft(next_inputs))

@@ -78,10 +78,16 @@ class Inputs:
         return is_same
 
     def follow(
-        self, other: "Inputs", widths: Sequence[int], pages: Sequence[Sequence[int]], *, last_slots: Sequence[int] | None
+        self,
+        other: "Inputs",
+        widths: Sequence[int],
+        pages: Sequence[Sequence[int]],
+        *,
+        last_slots: Sequence[int] | None,
     ) -> None:
-        """Put in the batch of `other`, at these widths. Its anchors and lengths are where the device has moved them: they
-        are copied there, and `know` says later what they are.
+        """Put in the batch of `other`, at these widths.
+
+        Its anchors and lengths are copied on the device, which has moved them on; `know` says later what they are.
 
         `last_slots`: where a row's last token will have its slot; no draft is wanted for it or behind it. None: no row
         can come near it.
