@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ class Restless(Fixed):
         super().__init__(0)
         self._widths = itertools.cycle(widths)
 
-    def choose(self, *args: object, running: Choice | None = None) -> Choice:
+    def choose(self, candidates: Sequence[Candidate], num_slots: int, *, running: Choice | None = None) -> Choice:
         return Choice(next(self._widths))
 
 

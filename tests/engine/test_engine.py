@@ -361,6 +361,20 @@ def test_looking_ahead_changes_nothing_and_drafts_each_cycle_once(
     assert len(drafts) == num_cycles, "a draft was thrown away"
 
 
+def test_nothing_is_drafted_ahead_for_a_row_that_may_be_at_its_end(monkeypatch: pytest.MonkeyPatch):
+    """Where all drafts are kept, the last cycle is the one that could be."""
+    backend = engine(looks_ahead=True)
+    drafts = count_drafts(backend, monkeypatch)
+    monkeypatch.setattr(backend.passes, "accept", lambda inputs, targets_BW: (inputs.widths_B.clamp(min=0), targets_BW))
+    decoder = Decoder(backend, block_size=4)
+    decoder.admit(request(random_prompt(9), 1 + 3 * 4))
+    num_cycles = 0
+    while decoder.active:
+        decoder.step()
+        num_cycles += 1
+    assert len(drafts) == num_cycles == 3
+
+
 def count_drafts(backend: EngineBackend, monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
     """The shapes of its draft passes, as they come."""
     shapes: list[Shape] = []

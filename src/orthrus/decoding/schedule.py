@@ -57,7 +57,7 @@ class Experience:
     def __init__(self, block_size: int):
         self.block_size = block_size
         self.widths = offered_widths(block_size)
-        self.pool = Survival(block_size, memory=POOL_MEMORY, fades_unseen=False)
+        self.pool = Survival(block_size, memory=POOL_MEMORY)
         self.strength = PriorStrength()
         self.table = CostTable(self.widths)
         self.credit = FIRST_CREDIT

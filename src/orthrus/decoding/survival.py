@@ -35,12 +35,10 @@ class Survival:
     counted, so the rates mean the same whatever the widths were.
     """
 
-    def __init__(self, block_size: int, *, memory: float, fades_unseen: bool = True):
-        """`memory`: what evidence keeps of its weight from one cycle to the next; unless it `fades_unseen`, from one
-        cycle that reached its stretch to the next."""
+    def __init__(self, block_size: int, *, memory: float):
         self._widths = offered_widths(block_size)
         self._edges = sorted({1, *self._widths[1:]})
-        self._memory, self._fades_unseen = memory, fades_unseen
+        self._memory = memory
         self._unit = 1.0
         """What a draft counts now. It grows, so that the older ones count less without being touched."""
         self._kept = [0.0] * len(self._edges)
@@ -60,12 +58,8 @@ class Survival:
 
     def enter(self, width: int, num_accepted: int) -> None:
         """A cycle asked for `width` drafts and kept the first `num_accepted`."""
-        if self._fades_unseen:
-            self.fade(self._memory)
+        self.fade(self._memory)
         for i, kept, is_lost in self._stretches(width, num_accepted):
-            if not self._fades_unseen:
-                self._kept[i] *= self._memory
-                self._reached[i] *= self._memory
             self._kept[i] += kept * self._unit
             self._reached[i] += (kept + is_lost) * self._unit
 
