@@ -29,9 +29,9 @@ ROWS_AT_ONCE = 16
 """Rows whose expectation is computed anew for a choice, in turn: for all of a large batch it would take as long as
 much of a pass."""
 
-KNOWN = 1.05
-"""The least that may be hoped for, over a cost that is known well enough: some 16 times. Widths that are worth nearly
-the same would otherwise be tried for ever."""
+KNOWN = 1.02
+"""What may be hoped for is this much dearer than the doubt about a cost allows, up to what is believed: widths that are
+worth nearly the same, at costs that are known well, would otherwise be tried for ever."""
 STOP_MARGIN = 1.03
 """How much better than plain decoding drafting must look: in doubt, plain."""
 TRIAL_SHARE = 0.015
