@@ -4,13 +4,14 @@ A world draws what drafts are kept and how noisy a measured time is; what is sum
 a policy decides on noise but is judged without it. `python -m tests.decoding.worlds` prints the table of all worlds.
 """
 
+import math
 import random
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
-from orthrus.decoding.schedule import Candidate, Experience, Schedule
+from orthrus.decoding.schedule import Candidate, Choice, Experience, Schedule
 from orthrus.decoding.survival import Survival
 
 BLOCK = 32
@@ -18,6 +19,10 @@ FIXED = (0, 3, 7, 15, 31)
 """Widths of the blocks that auto is measured against; 0 is plain decoding."""
 PROMPT = 300
 """Tokens before each text."""
+
+Ahead = Literal["never", "guessed", "planned"]
+"""Whether a device drafts for the next cycle while the host reads: where this cycle had the widths of the one before,
+which are thrown away when the next one has others; or for widths that are chosen a cycle ahead."""
 
 Text = Callable[[int], float]
 """text(tokens written) -> how often a draft behind kept ones is kept there."""
@@ -38,6 +43,11 @@ class Machine:
     """Standard deviation of the logarithm of a measured time; 3 in 100 are three times too long as well."""
     device_type: str = "cuda"
     """A cuda machine rounds rows up to powers of two, as the engine does."""
+    ahead: Ahead = "never"
+    measured_ms: Mapping[int, Sequence[float]] = field(default_factory=dict)
+    """What cycles of so many rows take at each of `FIXED`, where that is known."""
+    read_ms: float = 0.0
+    """What the host takes between two cycles, where the device does not draft meanwhile."""
 
     def pass_ms(self, rows: int, columns: int) -> float:
         """Of one pass."""
@@ -48,7 +58,14 @@ class Machine:
 
     def cycle_ms(self, rows: int, width: int) -> float:
         """Of a draft pass, unless nothing is drafted, and a verify pass."""
+        if (known := self.measured_ms.get(rows)) is not None:
+            i = next(i for i, wider in enumerate(FIXED) if wider >= width)
+            return known[i]
         return self.pass_ms(rows, width + 1) * (1 + self.draft_share * (width > 0))
+
+    def draft_ms(self, rows: int, width: int) -> float:
+        """The draft pass's part."""
+        return self.cycle_ms(rows, width) * self.draft_share / (1 + self.draft_share) if width else 0.0
 
     def measured(self, rng: random.Random, ms: float) -> float:
         """What a clock says of a cycle."""
@@ -70,7 +87,21 @@ def gpu(*, draft_share: float = 1.0, noise: float = 0.0) -> Machine:
     )  # fmt: skip
 
 
+def engine(ahead: Ahead) -> Machine:
+    """8B on an H200 as measured at 1k of context (wall time of `benchmarks/batch.py`, drafts made ahead)."""
+    times = {
+        1: (4.60, 8.98, 9.03, 9.09, 9.31),
+        4: (4.73, 9.22, 9.47, 10.70, 14.15),
+        16: (5.45, 11.8, 15.3, 21.5, 36.8),
+        64: (8.91, 28.6, 44.0, 74.6, 136.8),
+    }
+    return Machine(
+        base_ms=4.6, free_positions=190, position_ms=0.61 / 32, measured_ms=times, ahead=ahead, read_ms=0.3, noise=0.01
+    )  # fmt: skip
+
+
 MACHINES = {
+    "engine": engine("planned"),
     "gpu": gpu(),
     "gpu fp8": gpu(draft_share=0.55),
     "gpu noisy": gpu(noise=0.2),
@@ -92,13 +123,9 @@ def switching(low: float, high: float, first: int, second: int) -> Text:
     return lambda written: low if written % (first + second) < first else high
 
 
+RATES = {"N 12.7": 0.929, "N 8.5": 0.885, "N 3.7": 0.73, "N 2.0": 0.5, "N 1.3": 0.23, "N 1.0": 0.02}
 TEXTS: dict[str, list[Text]] = {
-    "N 12.7": [steady(0.929)],
-    "N 8.5": [steady(0.885)],
-    "N 3.7": [steady(0.73)],
-    "N 2.0": [steady(0.5)],
-    "N 1.3": [steady(0.23)],
-    "N 1.0": [steady(0.02)],
+    **{name: [steady(rate)] for name, rate in RATES.items()},
     "300/300": [switching(0.02, 0.929, 300, 300)],
     "100/100": [switching(0.1, 0.885, 100, 100)],
     "20/200": [switching(0.02, 0.929, 20, 200)],
@@ -113,11 +140,12 @@ class Policy(Protocol):
 
     def new_survival(self) -> Survival: ...
 
-    def choose(self, candidates: Sequence[Candidate], num_slots: int) -> int: ...
+    def choose(self, candidates: Sequence[Candidate], num_slots: int, *, running: Choice | None = None) -> Choice: ...
 
     def learn(
-        self, candidates: Sequence[Candidate], num_slots: int, widths: Sequence[int], accepted: Sequence[int], ms: float
-    ) -> None: ...
+        self, choice: Choice, candidates: Sequence[Candidate], num_slots: int, widths: Sequence[int],
+        accepted: Sequence[int], ms: float,
+    ) -> None: ...  # fmt: skip
 
 
 class Fixed:
@@ -129,20 +157,69 @@ class Fixed:
     def new_survival(self) -> Survival:
         return Survival(BLOCK, memory=1.0)
 
-    def choose(self, candidates: Sequence[Candidate], num_slots: int) -> int:
-        return self.width
+    def choose(self, candidates: Sequence[Candidate], num_slots: int, *, running: Choice | None = None) -> Choice:
+        return Choice(self.width)
 
     def learn(
-        self, candidates: Sequence[Candidate], num_slots: int, widths: Sequence[int], accepted: Sequence[int], ms: float
-    ) -> None:
+        self, choice: Choice, candidates: Sequence[Candidate], num_slots: int, widths: Sequence[int],
+        accepted: Sequence[int], ms: float,
+    ) -> None:  # fmt: skip
         pass
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Row:
     text: Text
     survival: Survival
     written: int = 0
+
+
+class _Loop:
+    """The step loop over a machine, as `Decoder` and a backend are."""
+
+    def __init__(self, policy: Policy, machine: Machine, rng: random.Random):
+        self.policy, self.machine, self.rng = policy, machine, rng
+        self._planned: tuple[list[_Row], Choice] | None = None
+        self._last: tuple[list[_Row], list[int]] = ([], [])
+        """Rows and widths of the last cycle."""
+        self._drafted: tuple[list[_Row], list[int]] | None = None
+        """What was drafted for ahead."""
+
+    def cycle(self, rows: Sequence[_Row], rooms: Sequence[int], kept: Callable[[int, int], int]) -> tuple[int, float]:
+        """(width, true milliseconds); row i keeps kept(i, drafted)."""
+        candidates = [Candidate(row.survival, room) for row, room in zip(rows, rooms, strict=True)]
+        num_slots, after = PROMPT + max(row.written for row in rows), None
+        planned, self._planned = self._planned, None
+        is_planned = planned is not None and planned[0] == list(rows)
+        choice = planned[1] if planned and is_planned else self.policy.choose(candidates, num_slots)
+        if self.machine.ahead == "planned":
+            after = self.policy.choose(candidates, num_slots, running=choice)
+            self._planned = (list(rows), after)
+        used = [min(choice.width, room) for room in rooms]
+        accepted = [kept(i, width) for i, width in enumerate(used)]
+        ms = self.machine.cycle_ms(len(rows), max(used))
+        self.policy.learn(choice, candidates, num_slots, used, accepted, self.machine.measured(self.rng, ms))
+        for row, num_kept in zip(rows, accepted, strict=True):
+            row.written += num_kept + 1
+        ms += self._lost_ms(rows, used)
+        if after is not None:
+            left = [room - num_kept - 1 for room, num_kept in zip(rooms, accepted, strict=True)]
+            can_end = any(room <= width for room, width in zip(rooms, used, strict=True))
+            self._drafted = None if can_end or not after.width else (list(rows), [min(after.width, n) for n in left])
+        return choice.width, ms
+
+    def _lost_ms(self, rows: Sequence[_Row], used: list[int]) -> float:
+        """For what was drafted in vain before this cycle, and for a host that is waited for."""
+        batch, drafted = (list(rows), used), self._drafted
+        lost = 0.0
+        if drafted is not None and drafted != batch:
+            lost += self.machine.draft_ms(len(drafted[0]), max(drafted[1]))
+        if max(used) and drafted != batch:
+            lost += self.machine.read_ms
+        if self.machine.ahead == "guessed":
+            self._drafted = batch if max(used) and batch == self._last else None
+        self._last = batch
+        return lost
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,26 +238,63 @@ def run(policy: Policy, machine: Machine, load: Load, *, seed: int, widths: list
     """True milliseconds a token; the width of each cycle is appended to `widths`."""
     rng = random.Random(seed)
     active = [_Row(load.texts[i % len(load.texts)], policy.new_survival()) for i in range(load.rows)]
-    total, ms = 0, 0.0
-    while total < load.rows * load.tokens and active:
-        candidates = [Candidate(row.survival, load.tokens - row.written - 1) for row in active]
-        num_slots = PROMPT + max(row.written for row in active)
-        width = policy.choose(candidates, num_slots)
-        used = [min(width, candidate.room) for candidate in candidates]
-        accepted = [_kept(rng, row.text(row.written), drafted) for row, drafted in zip(active, used, strict=True)]
-        cycle_ms = machine.cycle_ms(len(active), max(used))
-        policy.learn(candidates, num_slots, used, accepted, machine.measured(rng, cycle_ms))
+    loop = _Loop(policy, machine, rng)
+    written, ms = 0, 0.0
+    while written < load.rows * load.tokens and active:
+        before = sum(row.written for row in active)
+        rooms = [load.tokens - row.written - 1 for row in active]
+        rates = [row.text(row.written) for row in active]
+        width, cycle_ms = loop.cycle(active, rooms, lambda i, drafted, rates=rates: _kept(rng, rates[i], drafted))
         ms += cycle_ms
-        total += len(accepted) + sum(accepted)
-        for row, kept in zip(active, accepted, strict=True):
-            row.written += kept + 1
+        written += sum(row.written for row in active) - before
         if widths is not None:
             widths.append(width)
         if load.is_open:
             active = [row if row.written < load.tokens else _Row(row.text, policy.new_survival()) for row in active]
         else:
             active = [row for row in active if row.written < load.tokens]
-    return ms / total
+    return ms / written
+
+
+PERIOD = 32
+"""Cycles in which a row meets all quantiles of its law once."""
+
+
+def quantiles(rate: float, rng: random.Random) -> list[int]:
+    """Drafts that survive in each of these cycles, in an order of its own, as in `benchmarks/batch.py`."""
+    found = [math.log((i + 0.5) / PERIOD) / math.log(rate) for i in range(PERIOD)]
+    return rng.sample([min(int(q), BLOCK - 1) for q in found], PERIOD)
+
+
+def rounds(
+    policy: Policy,
+    machine: Machine,
+    rate: float,
+    *,
+    rows: int,
+    num_rounds: int,
+    seed: int,
+    widths: list[int] | None = None,
+) -> float:
+    """True milliseconds a token in the last of these rounds: new rows each, 3 cycles and 32 in the clock. Tokens are
+    those that its widths keep on average, whatever the luck of 32 cycles was."""
+    rng = random.Random(seed)
+    loop = _Loop(policy, machine, rng)
+    traces = [quantiles(rate, rng) for _ in range(rows)]
+    mean = {width: 1 + sum(min(kept, width) for kept in traces[0]) / PERIOD for width in FIXED}
+    ms = written = 0.0
+    for _ in range(num_rounds):
+        active = [_Row(steady(rate), policy.new_survival()) for _ in range(rows)]
+        for cycle in range(3 + PERIOD):
+            if cycle == 3:
+                ms = written = 0.0
+            width, cycle_ms = loop.cycle(
+                active, [10**6] * rows, lambda i, drafted, at=(cycle - 3) % PERIOD: min(traces[i][at], drafted)
+            )
+            ms, written = ms + cycle_ms, written + rows * mean[width]
+            if widths is not None:
+                widths.append(width)
+    return ms / written
 
 
 def _kept(rng: random.Random, rate: float, width: int) -> int:

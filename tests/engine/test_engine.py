@@ -4,6 +4,7 @@ In fp32 on a CPU, where the kernels' slow twins run: texts and drafts are compar
 """
 
 import copy
+import itertools
 import random
 from typing import Any
 
@@ -15,9 +16,10 @@ from orthrus.decoding.generate import OrthrusForCausalLM
 from orthrus.decoding.portable import PortableBackend
 from orthrus.decoding.row import Row
 from orthrus.decoding.sampling import Sampling
+from orthrus.decoding.schedule import Choice, Schedule
 from orthrus.engine.engine import EngineBackend, bucket, page_bytes
 from orthrus.engine.kv import OutOfPages
-from orthrus.engine.passes import Inputs, Passes
+from orthrus.engine.passes import Inputs, Passes, Shape
 from orthrus.engine.prefix import PrefixIndex
 from orthrus.engine.scheduler import Scheduler
 from orthrus.environment import BUNDLED
@@ -353,19 +355,54 @@ def test_looking_ahead_changes_nothing_and_drafts_each_cycle_once(
     lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ):
     backend = engine(looks_ahead=True)
-    num_drafts = 0
-    draft = backend.passes.draft
-
-    def counted(inputs: Inputs) -> None:
-        nonlocal num_drafts
-        num_drafts += 1
-        draft(inputs)
-
-    monkeypatch.setattr(backend.passes, "draft", counted)
+    drafts = count_drafts(backend, monkeypatch)
     records = check_same(backend, [request(random_prompt(n, n), 60) for n in lengths])
     num_cycles = max(sum(r.row == row and r.num_drafted > 0 for r in records) for row in range(len(lengths)))
-    # One in vain for each time that the batch or a width changes: at the ends of rows.
-    assert num_cycles <= num_drafts <= num_cycles + 2 * len(lengths), f"{num_drafts} drafts in {num_cycles} cycles"
+    assert len(drafts) == num_cycles, "a draft was thrown away"
+
+
+def test_nothing_is_drafted_ahead_for_a_row_that_may_be_at_its_end(monkeypatch: pytest.MonkeyPatch):
+    """Where all drafts are kept, the last cycle is the one that could be."""
+    backend = engine(looks_ahead=True)
+    drafts = count_drafts(backend, monkeypatch)
+    monkeypatch.setattr(backend.passes, "accept", lambda inputs, targets_BW: (inputs.widths_B.clamp(min=0), targets_BW))
+    decoder = Decoder(backend, block_size=4)
+    decoder.admit(request(random_prompt(9), 1 + 3 * 4))
+    num_cycles = 0
+    while decoder.active:
+        decoder.step()
+        num_cycles += 1
+    assert len(drafts) == num_cycles == 3
+
+
+def count_drafts(backend: EngineBackend, monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
+    """The shapes of its draft passes, as they come."""
+    shapes: list[Shape] = []
+    draft = backend.passes.draft
+    monkeypatch.setattr(backend.passes, "draft", lambda inputs: shapes.append(inputs.shape) or draft(inputs))
+    return shapes
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_a_change_of_width_that_was_planned_wastes_no_draft(num_rows: int, monkeypatch: pytest.MonkeyPatch):
+    """Plain steps between, blocks of 2, 4 and 8 columns, two widths of one shape, tables that grow."""
+    widths = [3, 0, 7, 7, 0, 0, 5, 6, 1, 2, 7, 3]
+    found = []
+    for looks_ahead in (True, False):
+        backend = engine(looks_ahead=looks_ahead)
+        drafts, plan = count_drafts(backend, monkeypatch), itertools.cycle(widths)
+        monkeypatch.setattr(Schedule, "choose", lambda *args, running=None, plan=plan: Choice(next(plan)))
+        decoder = Decoder(backend, block_size="auto")
+        for row in range(num_rows):
+            decoder.admit(request(random_prompt(20 + 17 * row, row), 200))
+        records = [record for _ in range(36) for record in decoder.step()]
+        cycles = [record.num_drafted for record in records[::num_rows]]
+        assert cycles == 3 * widths
+        num_ahead = 1 if looks_ahead else 0
+        assert len(drafts) == sum(width > 0 for width in cycles) + num_ahead, "a draft was thrown away"
+        assert {shape.num_columns for shape in drafts} == {2, 4, 8}
+        found.append([(record.row, record.token_ids, record.draft_ids) for record in records])
+    assert found[0] == found[1], "what is drafted ahead is another draft, of another past"
 
 
 def test_what_was_drafted_ahead_is_not_taken_for_another_row():
@@ -440,7 +477,7 @@ def row_of(prompt: list[int], *, index: int = 0, width: int = BLOCK - 1) -> Row:
     """A greedy row that drafts a whole block unless told."""
     return Row(
         index=index, tokens=list(prompt), num_prompt=len(prompt), max_tokens=120, block_size=BLOCK, sampling=Sampling(),
-        seed=0, width=width,
+        seed=0, width=width, next_width=width,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from transformers import MinNewTokensLengthLogitsProcessor
 
 from orthrus.decoding.row import Backend, Cycle, Outcome, Processor, Row
 from orthrus.decoding.sampling import Sampling
-from orthrus.decoding.schedule import Candidate, Schedule, auto_block_size
+from orthrus.decoding.schedule import Candidate, Choice, Schedule, auto_block_size
 from orthrus.decoding.stats import DecodingStats
 from orthrus.decoding.stopping import Criteria, FinishReason, StopCheck, Stopping
 from orthrus.decoding.survival import Survival
@@ -92,10 +92,13 @@ class _Sequence:
         """Drafts that the next cycle can use: the token behind them is written too."""
         return self.request.stopping.max_new_tokens - self.num_new - 1 if self.request.drafting else 0
 
-    def plan(self, *, width: int) -> None:
-        """Set the next pass's width, of which at most `room` is used, and processors."""
+    def plan(self, *, width: int, next_width: int | None = None) -> None:
+        """Set the next pass's width, of which at most `room` is used, and processors; and the width behind it."""
         stopping = self.request.stopping
         self.row.width = min(width, self.room)
+        is_last = self.num_new + self.row.width + 1 >= stopping.max_new_tokens  # if all is kept
+        # At least one token will be written first.
+        self.row.next_width = None if is_last or next_width is None else max(min(next_width, self.room - 1), 0)
         processor = self.request.logits_processor
         if self.min_length is not None and self.num_new < stopping.min_new_tokens:
             processor = self.min_length if processor is None else _chain(processor, self.min_length)
@@ -136,6 +139,8 @@ class Decoder:
         largest = backend.max_block_size
         check_block_size(block_size, largest)
         self._schedule: Schedule | None = None
+        self._planned: tuple[list[int], Choice] | None = None
+        """Rows, and the choice that was made for the cycle after their last one."""
         if block_size == "auto":
             block_size = auto_block_size(largest, exact=backend.exact, device_type=backend.device.type)
             self._schedule = Schedule(backend.experience(block_size), device_type=backend.device.type)
@@ -267,11 +272,15 @@ class Decoder:
         return None
 
     def _run_cycle(self, sequences: list[_Sequence]) -> Cycle:
-        """One cycle of the backend, at the fixed width or at the one that the schedule chooses and learns from."""
+        """One cycle of the backend, at the fixed width or at the one that the schedule chooses and learns from.
+
+        A backend that looks ahead is told the width of the cycle after it, too, so that one is chosen without knowing
+        what this one keeps. Other rows than were planned for are chosen for at once.
+        """
         rows = [sequence.row for sequence in sequences]
         if self._schedule is None:
             for sequence in sequences:
-                sequence.plan(width=self.block_size - 1)
+                sequence.plan(width=self.block_size - 1, next_width=self.block_size - 1)
             return self._backend.cycle(rows)
         candidates = []
         for sequence in sequences:
@@ -279,14 +288,17 @@ class Decoder:
             candidates.append(Candidate(sequence.survival, sequence.room))
         # An exact pass sees all slots that its row will need.
         num_slots = max(row.max_tokens if self._backend.exact else row.num_cached for row in rows)
-        width = self._schedule.choose(candidates, num_slots)
+        batch, planned, self._planned = [row.index for row in rows], self._planned, None
+        is_planned = planned is not None and planned[0] == batch
+        choice = planned[1] if planned and is_planned else self._schedule.choose(candidates, num_slots)
+        after = self._schedule.choose(candidates, num_slots, running=choice) if self._backend.looks_ahead else None
         for sequence in sequences:
-            sequence.plan(width=width)
+            sequence.plan(width=choice.width, next_width=None if after is None else after.width)
         cycle = self._backend.cycle(rows)
+        self._planned = None if after is None else (batch, after)
         accepted = [outcome.num_accepted for outcome in cycle.outcomes]
-        self._schedule.learn(
-            candidates, num_slots, [row.width for row in rows], accepted, cycle.draft_ms + cycle.verify_ms
-        )
+        widths = [row.width for row in rows]
+        self._schedule.learn(choice, candidates, num_slots, widths, accepted, cycle.draft_ms + cycle.verify_ms)
         return cycle
 
     def _new_sequence(self, request: Request, index: int) -> _Sequence:

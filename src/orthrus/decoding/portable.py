@@ -97,6 +97,7 @@ class PortableBackend:
     """Prefill, cycle and release over an `OrthrusLM`, acceptance in plain torch between the passes."""
 
     device: torch.device
+    looks_ahead = False
 
     def __init__(self, model: nn.Module, *, exact: bool | None = None, prefill_chunk: int = PREFILL_CHUNK):
         if prefill_chunk < 1:

@@ -28,6 +28,8 @@ class Row:
     seed: int
     width: int = 0
     """Drafts wanted in the next cycle, 0 .. block_size - 1; 0 is plain AR decoding."""
+    next_width: int | None = None
+    """Drafts that the cycle behind it will want, at most; None: not known yet, or there may be no such cycle."""
     processor: Processor | None = None
     wants_logprobs: bool = False
     wants_logits: bool = False
@@ -83,6 +85,9 @@ class Backend(Protocol):
     """Prompt tokens of one prefill pass: passes begin and end at its absolute multiples, however a prompt is cut up."""
     exact: bool
     """Whether every AR pass of a row has block_size positions, whatever its width: one shape, hence one row's bits."""
+
+    looks_ahead: bool
+    """Whether it drafts for the cycle behind the one asked for, of `Row.next_width`: then widths are planned ahead."""
 
     @property
     def device(self) -> torch.device:

@@ -13,7 +13,7 @@ Nothing reads a clock: equal times and equal acceptance give equal widths.
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,6 +29,9 @@ ROWS_AT_ONCE = 16
 """Rows whose expectation is computed anew for a choice, in turn: for all of a large batch it would take as long as
 much of a pass."""
 
+KNOWN = 1.02
+"""What may be hoped for is this much dearer than the doubt about a cost allows, up to what is believed: widths that are
+worth nearly the same, at costs that are known well, would otherwise be tried for ever."""
 STOP_MARGIN = 1.03
 """How much better than plain decoding drafting must look: in doubt, plain."""
 TRIAL_SHARE = 0.015
@@ -37,7 +40,7 @@ SAVED_SHARE = 0.1
 """And of the time that drafting saved."""
 FIRST_CREDIT = 2.5
 """What trials may lose at first, in plain steps."""
-MAX_CREDIT = 3.0
+MAX_CREDIT = 1.5
 """What is saved up for trials, in plain steps, unless a single one costs more: a long calm is no reason for many."""
 FIRST_WAIT, LAST_WAIT = 3, 48
 """Plain steps between two trials that did not pay, doubled by each."""
@@ -80,17 +83,32 @@ class Candidate:
     """Drafts that it can still use; 0 for a row that does not draft."""
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A cycle's width, and what it was chosen for."""
+
+    width: int
+    """Drafts for each row, as far as its room goes."""
+    is_trial: bool = False
+    is_plain_best: bool = True
+    """Whether plain decoding looked best."""
+    speed: float = 1.0
+    """Tokens of all rows that the width that looked best writes per plain step's time."""
+    cost: float = 0.0
+    """Of that width's cycle, in plain steps: a share of it pays for trials."""
+    loss: float = 0.0
+    """What the trial that is due may lose, in plain steps: so much may be saved up for it."""
+
+
 class Schedule:
-    """Chooses the width of each cycle (`choose`) and learns from it (`learn`): strictly in turns."""
+    """Chooses the width of each cycle (`choose`) and learns from it when it is over (`learn`).
+
+    Who has to know a width before the cycle before it is over chooses it then, and names that cycle's choice.
+    """
 
     def __init__(self, experience: Experience, *, device_type: str = "cpu"):
         self.experience = experience
         experience.table.shape = SHAPES.get(device_type, SHAPES["cuda"])
-        self._current = 0
-        """Number of the width that looks best."""
-        self._speed = 1.0
-        """Tokens of all rows that it writes per plain step's time."""
-        self._is_trial = False
         self._num_chosen = 0
         self._num_plain = 0
         """Plain steps since the last trial."""
@@ -101,40 +119,49 @@ class Schedule:
         """For a new row: no evidence of its own."""
         return Survival(self.experience.block_size, memory=MEMORY)
 
-    def choose(self, candidates: Sequence[Candidate], num_slots: int) -> int:
-        """Drafts for each row of the next cycle, as far as its room goes; the longest row sees `num_slots` slots."""
-        self._is_trial = False
+    def choose(self, candidates: Sequence[Candidate], num_slots: int, *, running: Choice | None = None) -> Choice:
+        """The next cycle's width; the longest row sees `num_slots` slots.
+
+        `running`: the choice of a cycle that nothing is known of yet.
+        """
         self._num_chosen += 1
         if not any(candidate.room for candidate in candidates):
-            return 0
+            return Choice(0)
         experience = self.experience
         place = experience.table.at(place_of(len(candidates), num_slots))
         costs, tokens = place.in_plain_steps(), self._expected_tokens(candidates)
         speeds = [t / cost for t, cost in zip(tokens, costs, strict=True)]
         best = speeds.index(max(speeds))
-        self._current = best if speeds[best] > STOP_MARGIN * speeds[0] else 0
-        self._speed = speeds[self._current]
+        current = best if speeds[best] > STOP_MARGIN * speeds[0] else 0
+        choice = Choice(
+            experience.widths[current], is_plain_best=not current, speed=speeds[current], cost=costs[current]
+        )
+        if running is not None and running.is_trial:  # what it shows comes first
+            return choice
         hoped = [cost * math.exp(-doubt) for cost, doubt in zip(costs, place.doubts(), strict=True)]
-        trial, loss = self._trial(tokens, hoped), 0.0
-        if trial is not None:
-            loss = costs[trial] - tokens[trial] / self._speed
-            if loss <= experience.credit:
-                self._is_trial, self._num_plain = True, 0
-                return experience.widths[trial]
-        self._earn(TRIAL_SHARE * costs[self._current], limit=max(MAX_CREDIT, loss))
-        return experience.widths[self._current]
+        trial = self._trial(tokens, costs, hoped, current, choice.speed)
+        if trial is None:
+            return choice
+        loss = costs[trial] - tokens[trial] / choice.speed
+        if loss > experience.credit:
+            return replace(choice, loss=loss)
+        self._num_plain = 0
+        return replace(choice, width=experience.widths[trial], is_trial=True)
 
     def learn(
-        self, candidates: Sequence[Candidate], num_slots: int, widths: Sequence[int], accepted: Sequence[int], ms: float
-    ) -> None:
+        self, choice: Choice, candidates: Sequence[Candidate], num_slots: int, widths: Sequence[int],
+        accepted: Sequence[int], ms: float,
+    ) -> None:  # fmt: skip
         """The cycle of these rows, at these widths, kept so many drafts of each and took `ms` milliseconds."""
         experience, width = self.experience, max(widths)
+        if not choice.is_trial:
+            self._earn(TRIAL_SHARE * choice.cost, limit=max(MAX_CREDIT, choice.loss))
         if width in experience.widths:  # near the end of a text others occur
             place = experience.table.at(place_of(len(candidates), num_slots))
             place.enter(experience.widths.index(width), ms)
             if width:
                 cost = place.in_plain_steps()[experience.widths.index(width)]
-                self._account(cost, len(candidates), len(candidates) + sum(accepted))
+                self._account(choice, cost, len(candidates), len(candidates) + sum(accepted))
         if not width:
             self._num_plain += 1
             for candidate in candidates:
@@ -151,16 +178,19 @@ class Schedule:
                 if (i + self._num_chosen) % turns == 0:
                     experience.pool.enter(drafted, num_accepted)
 
-    def _account(self, cost: float, num_rows: int, num_tokens: int) -> None:
+    def _account(self, choice: Choice, cost: float, num_rows: int, num_tokens: int) -> None:
         """A drafted cycle that cost so many plain steps wrote so many tokens: what it lost or saved."""
-        if not self._is_trial:
+        if not choice.is_trial:
             self._wait = FIRST_WAIT
             self._earn(SAVED_SHARE * max(num_tokens / num_rows - cost, 0.0), limit=MAX_CREDIT)
             return
         # A trial that won pays for the next, so that a better text is soon seen to be one.
-        loss = cost - num_tokens / self._speed
-        self.experience.credit -= loss
-        if self._current:
+        loss = cost - num_tokens / choice.speed
+        if loss > 0:
+            self.experience.credit -= loss
+        else:
+            self._earn(-loss, limit=MAX_CREDIT)
+        if not choice.is_plain_best:
             return
         if loss <= 0:
             self._wait = 0
@@ -192,18 +222,23 @@ class Schedule:
         """Cycles in which the more costly part of the work comes round to every row."""
         return -(-len(candidates) // ROWS_AT_ONCE)
 
-    def _trial(self, tokens: Sequence[float], hoped: Sequence[float]) -> int | None:
-        """Number of the width to try next, given the least costs that may be hoped for, in plain steps.
+    def _trial(
+        self, tokens: Sequence[float], costs: Sequence[float], hoped: Sequence[float], current: int, speed: float
+    ) -> int | None:
+        """Number of the width to try next, given what they cost and the least that may be hoped for, in plain steps.
 
-        While nothing is drafted, in due time, the widest of those that cost about as much as the narrowest at which
-        keeping all would pay; else the one that may be better than the one in use by most.
+        The one that may be better than the one in use by most. While nothing is drafted, in due time; and where none
+        seems better, the widest of those that cost about as much as the narrowest at which keeping all would pay.
         """
-        if self._current:
-            speeds = [t / cost for t, cost in zip(tokens, hoped, strict=True)]
-            speeds[self._current] = 0.0
-            best = speeds.index(max(speeds))
-            return best if speeds[best] > self._speed else None
-        if self._num_plain < self._wait:
+        if not current and self._num_plain < self._wait:
+            return None
+        likely = [min(cost, KNOWN * hope) for cost, hope in zip(costs, hoped, strict=True)]
+        speeds = [t / cost for t, cost in zip(tokens, likely, strict=True)]
+        speeds[current] = 0.0
+        best = speeds.index(max(speeds))
+        if speeds[best] > (speed if current else STOP_MARGIN * speed):
+            return best
+        if current:
             return None
         paying = [i for i, width in enumerate(self.experience.widths) if i and width + 1 > hoped[i] / hoped[0]]
         return max((i for i in paying if hoped[i] <= 1.1 * hoped[paying[0]]), default=None)

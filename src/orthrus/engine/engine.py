@@ -107,9 +107,8 @@ class EngineBackend:
         )
         self.graphs = Graphs.on(self.device) if graphs is None else graphs
         self._inputs: dict[Shape, Inputs] = {}
-        self._looks_ahead = self.device.type == "cuda" if looks_ahead is None else looks_ahead
+        self.looks_ahead: bool = self.device.type == "cuda" if looks_ahead is None else looks_ahead
         self._ahead: _Ahead | None = None
-        self._last_widths: list[int] = []
         self._settings: Settings | None = None
 
     def experience(self, block_size: int) -> Experience:
@@ -151,34 +150,32 @@ class EngineBackend:
     def cycle(self, rows: list[Row]) -> Cycle:
         """One draft pass (unless every width is 0), one verify pass, acceptance, one host read, commit.
 
-        While the host reads, the device drafts for the cycle after this one, if that is likely to have the same rows
-        and widths: this one has those of the last, and `is_steady_for` them. A draft that nobody wants then leaves no
-        trace.
+        While the host reads, the device drafts for the cycle after this one, where all rows say what they will want of
+        it. A draft that nobody wants then leaves no trace.
         """
         widths = [row.width for row in rows]
         is_drafting = any(widths)
         if is_drafting and self._mask_token is None:
             raise ValueError("the configuration has no mask_token_id: this model cannot draft, decode without drafting")
-        is_steady, self._last_widths = widths == self._last_widths and is_steady_for(rows), widths
-        inputs, is_same = self._batch(rows)
-        ahead, self._ahead = self._ahead, None
+        ahead = self._ahead if self._ahead is not None and self._ahead.is_of(rows) else None
+        inputs, is_same = self._batch(rows, None if ahead is None else ahead.inputs)
+        self._ahead = None
         if not all(map(is_plain, rows)):
             return self._chosen_cycle(rows, inputs)
         drafting = None
         if is_drafting:
-            is_drafted = is_same and ahead is not None and ahead.is_of(inputs, rows)
-            drafting = ahead.watch if ahead and is_drafted else self._draft(inputs)
+            drafting = ahead.watch if ahead is not None and is_same else self._draft(inputs)
         watch = Stopwatch(self.device)
         watch.mark()
         inputs.forget()
         self.graphs.run(self.passes.verify, inputs)
         watch.mark()
         read = inputs.begin_read()
-        if is_drafting and is_steady and self._looks_ahead:
-            self._ahead = _Ahead(inputs, [row.index for row in rows], self._draft(inputs))
+        self._ahead = ahead = self._draft_ahead(rows, inputs) if self.looks_ahead else None
         outcomes = self._commit(rows, read(), inputs.shape.num_columns)
         anchors, lengths = [o.tokens[-1] for o in outcomes], [self.tables.length(row.index) for row in rows]
-        inputs.know(anchors, lengths, widths)
+        for each in {inputs} if ahead is None else {inputs, ahead.inputs}:
+            each.know(anchors, lengths)
         draft_ms = 0.0 if drafting is None else drafting.between(0, 1)
         return Cycle(outcomes=outcomes, draft_ms=draft_ms, verify_ms=watch.between(0, 1))
 
@@ -216,26 +213,31 @@ class EngineBackend:
         self.tables.commit(row.index, stop - start)
         return hidden_RD
 
-    def _batch(self, rows: Sequence[Row]) -> tuple[Inputs, bool]:
-        """The buffers of this batch's shape, with the batch in them and pages for all that it may commit.
+    def _batch(self, rows: Sequence[Row], inputs: Inputs | None) -> tuple[Inputs, bool]:
+        """Buffers with this batch in them and pages for all that it may commit: the given ones, or those of its shape.
 
-        And whether they had these anchors, lengths and widths in them already, as the last cycle left them.
+        And whether they had these anchors and lengths in them already, as the last cycle left them.
         """
-        num_columns = bucket(max(row.width for row in rows) + 1, largest=self.max_block_size)
         for row in rows:
             self._make_writable(row.index, row.num_cached, row.num_cached + row.width + 1)
-        num_slots = max(row.num_cached for row in rows) + num_columns
-        num_pages = bucket(max(self.pool.num_pages_of(num_slots), MIN_TABLE_PAGES))
-        shape = Shape(bucket(len(rows)), num_columns, num_pages)
-        if (inputs := self._inputs.get(shape)) is None:
-            inputs = self._inputs[shape] = Inputs(shape, spare_page=self._spare_page, like_VD=self.weights.embedding_VD)
+        widths = [row.width for row in rows]
+        inputs = self._inputs_of(widths, max(row.num_cached for row in rows)) if inputs is None else inputs
         is_same = inputs.write(
-            [row.tokens[-1] for row in rows],
-            [row.num_cached for row in rows],
-            [row.width for row in rows],
-            [self.tables.pages(row.index)[:num_pages] for row in rows],
+            [row.tokens[-1] for row in rows], [row.num_cached for row in rows], widths, self._pages_of(rows, inputs)
         )
         return inputs, is_same
+
+    def _inputs_of(self, widths: Sequence[int], num_cached: int) -> Inputs:
+        """The buffers for rows of these widths, the longest of which has so many tokens cached."""
+        num_columns = bucket(max(widths) + 1, largest=self.max_block_size)
+        num_pages = bucket(max(self.pool.num_pages_of(num_cached + num_columns), MIN_TABLE_PAGES))
+        shape = Shape(bucket(len(widths)), num_columns, num_pages)
+        if shape not in self._inputs:
+            self._inputs[shape] = Inputs(shape, spare_page=self._spare_page, like_VD=self.weights.embedding_VD)
+        return self._inputs[shape]
+
+    def _pages_of(self, rows: Sequence[Row], inputs: Inputs) -> list[list[int]]:
+        return [self.tables.pages(row.index)[: inputs.shape.num_pages] for row in rows]
 
     # The halves of a cycle
 
@@ -246,6 +248,24 @@ class EngineBackend:
         self.graphs.run(self.passes.draft, inputs)
         watch.mark()
         return watch
+
+    def _draft_ahead(self, rows: Sequence[Row], inputs: Inputs) -> "_Ahead | None":
+        """Drafts for the cycle after the one that the device is busy with in these inputs, if it is known to come.
+
+        Its buffers may be others, of another width, or of a longer table, since how far rows get is not known yet.
+        """
+        widths = [row.next_width for row in rows if row.next_width is not None]
+        if len(widths) < len(rows) or not any(widths) or self._mask_token is None:
+            return None
+        next_inputs = self._inputs_of(widths, max(row.num_cached + row.width + 1 for row in rows))
+        last_slots = None
+        if any(
+            row.max_tokens - 1 <= row.num_cached + row.width + 1 + width
+            for row, width in zip(rows, widths, strict=True)
+        ):
+            last_slots = [row.max_tokens - 1 for row in rows]
+        next_inputs.follow(inputs, widths, self._pages_of(rows, next_inputs), last_slots=last_slots)
+        return _Ahead(next_inputs, [row.index for row in rows], widths, self._draft(next_inputs))
 
     def _forget_ahead(self, row: int) -> None:
         """What was drafted for a row that is about to have another past is nobody's; other rows change nothing."""
@@ -313,11 +333,6 @@ def page_bytes(model: nn.Module, page_slots: int) -> int:
     return num_numbers * page_slots * model.dtype.itemsize
 
 
-def is_steady_for(rows: Sequence[Row]) -> bool:
-    """Whether none of the rows can have its last token after this cycle, unless it writes an end."""
-    return all(len(row.tokens) + row.width + 1 < row.max_tokens for row in rows)
-
-
 def is_plain(row: Row) -> bool:
     """Whether a row is decided by argmax alone, so that logits need not be kept."""
     has_wishes = row.processor is not None or row.wants_logprobs or row.wants_logits
@@ -329,12 +344,15 @@ class _Ahead(NamedTuple):
 
     inputs: Inputs
     rows: list[int]
+    widths: list[int]
     watch: Stopwatch
 
-    def is_of(self, inputs: Inputs, rows: Sequence[Row]) -> bool:
-        """Whether it was drafted in these buffers for these rows. Where a row's pages change without `_forget_ahead`,
-        they are copies, or lie behind what it read."""
-        return self.inputs is inputs and self.rows == [row.index for row in rows]
+    def is_of(self, rows: Sequence[Row]) -> bool:
+        """Whether it has enough drafts for these rows. Where a row's pages change without `_forget_ahead`, they are
+        copies, or lie behind what it read."""
+        if self.rows != [row.index for row in rows]:
+            return False
+        return all(row.width <= width for row, width in zip(rows, self.widths, strict=True))
 
 
 class _Choice:

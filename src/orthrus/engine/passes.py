@@ -59,19 +59,54 @@ class Inputs:
         """The last pass's hidden states, where they were asked for."""
         self._numbers_3B = numbers_3B
         self._known: list[list[int]] | None = None
+        """Anchors and lengths."""
+        self._widths: list[int] | None = [PADDING] * num_rows
         self._pages: list[Sequence[int]] = [()] * num_rows
         self._host_BX: Tensor | None = None
 
     def write(
         self, anchors: Sequence[int], lengths: Sequence[int], widths: Sequence[int], pages: Sequence[Sequence[int]]
     ) -> bool:
-        """Put a batch in; what is there already is not sent again. Whether anchors, lengths and widths were there."""
+        """Put a batch in; what is there already is not sent again. Whether anchors and lengths were there."""
         assert len(anchors) <= self.shape.num_rows, f"{len(anchors)} rows do not fit {self.shape}"
-        numbers = self._padded(anchors, lengths, widths)
-        is_same = numbers == self._known
-        if not is_same:
-            self._send(self._numbers_3B, numbers)
-            self._known = numbers
+        places, padded = self._padded(anchors, lengths), self._padded_widths(widths)
+        is_same = places == self._known
+        if not is_same or padded != self._widths:
+            self._send(self._numbers_3B, [*places, padded])
+            self._known, self._widths = places, padded
+        self._write_pages(pages)
+        return is_same
+
+    def follow(
+        self,
+        other: "Inputs",
+        widths: Sequence[int],
+        pages: Sequence[Sequence[int]],
+        *,
+        last_slots: Sequence[int] | None,
+    ) -> None:
+        """Put in the batch of `other`, at these widths.
+
+        Its anchors and lengths are copied on the device, which has moved them on; `know` says later what they are.
+
+        `last_slots`: where a row's last token will have its slot; no draft is wanted for it or behind it. None: no row
+        can come near it.
+        """
+        assert other.shape.num_rows == self.shape.num_rows, f"rows of {other.shape} have no place in {self.shape}"
+        self.forget()
+        if other is not self:
+            self._numbers_3B[:2].copy_(other._numbers_3B[:2])
+        if (padded := self._padded_widths(widths)) != self._widths:
+            self._send(self.widths_B, padded)
+            self._widths = padded
+        if last_slots is not None:
+            rooms_B = torch.empty_like(self.widths_B)
+            self._send(rooms_B, [*last_slots, *[0] * (self.shape.num_rows - len(last_slots))])
+            torch.minimum(self.widths_B, rooms_B.sub_(self.lengths_B).sub_(1), out=self.widths_B)
+            self._widths = None
+        self._write_pages(pages)
+
+    def _write_pages(self, pages: Sequence[Sequence[int]]) -> None:
         padding = [()] * (self.shape.num_rows - len(pages))
         for b, own in enumerate([*pages, *padding]):
             if own != self._pages[b]:
@@ -79,7 +114,6 @@ class Inputs:
                 table = [*own, *[self.spare_page] * (self.shape.num_pages - len(own))]
                 self._send(self.tables_BM[b], table)
                 self._pages[b] = own
-        return is_same
 
     @staticmethod
     def _send(to: Tensor, numbers: list) -> None:
@@ -101,13 +135,16 @@ class Inputs:
         """The device is about to move anchors and lengths on, and nobody knows where to yet."""
         self._known = None
 
-    def know(self, anchors: Sequence[int], lengths: Sequence[int], widths: Sequence[int]) -> None:
+    def know(self, anchors: Sequence[int], lengths: Sequence[int]) -> None:
         """Where it moved them."""
-        self._known = self._padded(anchors, lengths, widths)
+        self._known = self._padded(anchors, lengths)
 
-    def _padded(self, *numbers: Sequence[int]) -> list[list[int]]:
-        num_padding = self.shape.num_rows - len(numbers[0])
-        return [[*row, *[padding] * num_padding] for row, padding in zip(numbers, (0, 0, PADDING), strict=True)]
+    def _padded(self, anchors: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+        padding = [0] * (self.shape.num_rows - len(anchors))
+        return [[*anchors, *padding], [*lengths, *padding]]
+
+    def _padded_widths(self, widths: Sequence[int]) -> list[int]:
+        return [*widths, *[PADDING] * (self.shape.num_rows - len(widths))]
 
 
 def begin_read(there: Tensor, host: Tensor | None = None) -> Callable[[], list]:
