@@ -129,7 +129,7 @@ def rows_of(num_rows: int, context: int, block_size: int, width: int, vocab: int
     return [
         Row(
             index=index, tokens=[rng.randrange(vocab - 1) for _ in range(context + 1)], num_prompt=context,
-            max_tokens=49_000, block_size=block_size, sampling=Sampling(), seed=0, width=width,
+            max_tokens=49_000, block_size=block_size, sampling=Sampling(), seed=0, width=width, next_width=width,
         )
         for index in range(num_rows)
     ]  # fmt: skip
