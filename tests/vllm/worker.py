@@ -1,0 +1,55 @@
+"""What the tests ask of vLLM's worker process: planted mistakes, and what the model there looks like."""
+
+from typing import Any
+
+from torch import nn
+
+
+def drafter(runner: Any) -> Any:
+    """The draft's side of the runner: a proposer in V1, a speculator in V2."""
+    return getattr(runner, "drafter", None) or runner.speculator
+
+
+class Worker:
+    """A `worker_extension_cls`: vLLM gives its worker these methods."""
+
+    model_runner: Any
+
+    def plant(self, fault: str | None) -> None:
+        """Break the draft in one way, or mend it (None)."""
+        from orthrus.integrations.vllm import attention, draft
+
+        if not hasattr(draft, "sound"):
+            draft.sound = (attention.BlockAttention.write, draft.roll)
+        attention.BlockAttention.write, draft.roll = draft.sound
+        set_causal(self.model_runner, fault == "causal mask")
+        if fault == "write removed":
+            attention.BlockAttention.write = lambda *_: None
+        elif fault == "roll removed":
+            draft.roll = lambda hidden_SD: hidden_SD
+        else:
+            assert fault in (None, "causal mask"), fault
+
+    def facts(self) -> dict[str, Any]:
+        """Counts of parameters and bytes of the cache, by whose they are."""
+        target, draft = self.model_runner.get_model(), drafter(self.model_runner).model
+        target_places = {p.data_ptr() for p in target.parameters()}
+        own = {p.data_ptr(): p.numel() for p in draft.parameters() if p.data_ptr() not in target_places}
+        context = self.model_runner.vllm_config.compilation_config.static_forward_context
+        caches = {name: layer.kv_cache.data_ptr() for name, layer in context.items()}
+        return {
+            "target": type(target).__name__,
+            "draft": type(draft).__name__,
+            "own_parameters": sum(own.values()),
+            "num_layers": len(caches),
+            "num_caches": len(set(caches.values())),
+            "runner": type(self.model_runner).__module__,
+        }
+
+
+def set_causal(runner: Any, causal: bool) -> None:
+    """Whether the draft pass masks what lies behind a position."""
+    if (own := getattr(runner, "drafter", None)) is not None:
+        own.dflash_causal = causal
+    elif (own := getattr(runner, "speculator", None)) is not None and isinstance(own.model, nn.Module):
+        own._group_causal = dict.fromkeys(own._group_causal, causal)
