@@ -6,7 +6,6 @@ counters of drafting. "fault" names a mistake of `tests.vllm.worker` that is pla
 """
 
 import json
-import os
 import sys
 from typing import Any
 
@@ -46,10 +45,6 @@ def run_round(llm: Any, plan: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Read the plan, run it, print what came of it."""
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-        from tests.vllm.v2_on_cpu import allow
-
-        allow()
     from vllm import LLM
 
     plan = json.load(sys.stdin)

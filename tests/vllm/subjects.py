@@ -88,6 +88,13 @@ def plain(num_prompts: int, num_new: int = NUM_NEW) -> list[list[int]]:
     return [[token for record in decoder.stream(one) for token in record.token_ids] for one in requests]
 
 
+V2 = {
+    "VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1",
+    "PYTHONPATH": f"{ROOT / 'tests' / 'vllm' / 'interpreted'}:{ROOT / 'src'}:{ROOT}",
+}  # fmt: skip
+"""The environment in which vLLM takes its V2 runner on a CPU."""
+
+
 def environment(**more: str) -> dict[str, str]:
     """For an engine's process: one thread, a small cache, no interpreter of Triton unless it is asked for."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -31,18 +31,17 @@ class Worker:
             assert fault in (None, "causal mask"), fault
 
     def facts(self) -> dict[str, Any]:
-        """Counts of parameters and bytes of the cache, by whose they are."""
+        """Whose modules the draft runs, and how many layers have a cache of their own."""
         target, draft = self.model_runner.get_model(), drafter(self.model_runner).model
-        target_places = {p.data_ptr() for p in target.parameters()}
-        own = {p.data_ptr(): p.numel() for p in draft.parameters() if p.data_ptr() not in target_places}
-        context = self.model_runner.vllm_config.compilation_config.static_forward_context
-        caches = {name: layer.kv_cache.data_ptr() for name, layer in context.items()}
+        modules = {id(module) for module in target.modules()}
+        own = {name for name, module in draft.named_modules() if id(module) not in modules and module.__module__}
+        layers = self.model_runner.vllm_config.compilation_config.static_forward_context
         return {
             "target": type(target).__name__,
             "draft": type(draft).__name__,
-            "own_parameters": sum(own.values()),
-            "num_layers": len(caches),
-            "num_caches": len(set(caches.values())),
+            "own_modules": sorted({name.rsplit(".", 1)[-1] for name in own} - {""}),
+            "num_layers": len(layers),
+            "num_caches": len({layer.kv_cache.data_ptr() for layer in layers.values()}),
             "runner": type(self.model_runner).__module__,
         }
 

@@ -1,13 +1,68 @@
 """What cannot work, refused by one sentence each before anything is computed with it."""
 
+import os
 from typing import Any
 
-from orthrus.config import check_layers
+from orthrus.config import OrthrusConfig, check_layers
+from orthrus.model.checkpoint import (
+    VIEW_MODEL_TYPE,
+    LoadedLM,
+    build_config,
+    expected_shapes,
+    plan_load,
+    read_checkpoint,
+    settle_form,
+)
+from orthrus.model.modeling import is_view_tensor
+
+
+def settle(vllm_config: Any) -> None:
+    """Check a configuration before the engine starts, and set what nobody should have to know.
+
+    `disable_eagle_block_drop`: vLLM computes the last cached page of a prompt again for drafts that need its hidden
+    states; the view needs none.
+    """
+    check_engine(vllm_config)
+    if (speculation := vllm_config.speculative_config) is None or speculation.method != "dflash":
+        return
+    check_draft(vllm_config)
+    if vllm_config.load_config.load_format != "dummy":
+        target, draft = vllm_config.model_config, speculation.draft_model_config
+        check_files(draft.model, target.model, revision=draft.revision, target_revision=target.revision)
+    if hasattr(speculation, "disable_eagle_block_drop"):
+        speculation.disable_eagle_block_drop = True
+
+
+def check_files(
+    view: str | os.PathLike, target: str | os.PathLike, *, revision: str | None, target_revision: str | None
+) -> None:
+    """`ValueError` naming what is missing, broken, of another shape or of another base; reads headers alone.
+
+    Where view and target are two checkpoints, the target's weights are compared by their fingerprint, too.
+    """
+    checkpoint = read_checkpoint(view, revision=revision)
+    is_one = str(view) == str(target) and revision == target_revision
+    base = None if is_one and checkpoint.form != "view" else target
+    home, _ = settle_form(checkpoint, base=base, start_view=False)
+    fields = home.config
+    if checkpoint.form == "view":
+        fields = fields | {name: checkpoint.config.get(name) for name in ("block_size", "mask_token_id")}
+    config, _ = build_config(OrthrusConfig, fields, where=checkpoint.source)
+    tensors = {name: one for name, one in home.tensors.items() if home is checkpoint or not is_view_tensor(name)}
+    plan_load(
+        tensors | checkpoint.tensors, expected_shapes(LoadedLM, config), where=checkpoint.source, start_view=False
+    )
 
 
 def check_engine(vllm_config: Any) -> None:
     """`ValueError` naming the option or field of the model that the plugin does not support."""
     config = vllm_config.model_config.hf_config
+    if config.model_type == VIEW_MODEL_TYPE:
+        view, base = vllm_config.model_config.model, getattr(config, "base_id", None) or "BASE"
+        raise ValueError(
+            f"{view} is a view file, which holds no base to serve: vllm serve {base} --hf-overrides "
+            f"""'{{"architectures": ["OrthrusLM"]}}' --speculative-config with {view} as its model"""
+        )
     check_layers(config)
     if (stages := vllm_config.parallel_config.pipeline_parallel_size) > 1:
         raise ValueError(
