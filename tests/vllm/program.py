@@ -1,4 +1,5 @@
-"""`python -m tests.vllm.program < plan.json`: one vLLM engine in a process of its own; it prints a line of JSON behind `ANSWER`.
+"""`python -m tests.vllm.program < plan.json`: one vLLM engine in a process of its own, which prints a line of JSON
+behind `ANSWER`.
 
 A plan is {"engine": keywords of vllm.LLM, "rounds": [{"prompts", "sampling", "fault"}, ..]}; a round's answer has the
 text of each prompt as token ids, how much of its prompt came from the prefix cache, and what the round added to vLLM's

@@ -19,27 +19,29 @@ class Worker:
         """Break the draft in one way, or mend it (None)."""
         from orthrus.integrations.vllm import attention, draft
 
-        if not hasattr(draft, "sound"):
-            draft.sound = (attention.BlockAttention.write, draft.roll)
-        attention.BlockAttention.write, draft.roll = draft.sound
+        assert fault in (None, "write removed", "roll removed", "causal mask"), fault
+        block: Any = attention.BlockAttention
+        module: Any = draft
+        if not hasattr(block, "sound"):
+            block.sound = (block.write, module.roll)
+        block.write, module.roll = block.sound
         set_causal(self.model_runner, fault == "causal mask")
         if fault == "write removed":
-            attention.BlockAttention.write = lambda *_: None
+            block.write = lambda *_: None
         elif fault == "roll removed":
-            draft.roll = lambda hidden_SD: hidden_SD
-        else:
-            assert fault in (None, "causal mask"), fault
+            module.roll = lambda hidden_SD: hidden_SD
 
     def facts(self) -> dict[str, Any]:
         """Whose modules the draft runs, and how many layers have a cache of their own."""
         target, draft = self.model_runner.get_model(), drafter(self.model_runner).model
         modules = {id(module) for module in target.modules()}
-        own = {name for name, module in draft.named_modules() if id(module) not in modules and module.__module__}
+        leaves = [(name, module) for name, module in draft.named_modules() if not list(module.children())]
+        own = [name for name, module in leaves if id(module) not in modules]
         layers = self.model_runner.vllm_config.compilation_config.static_forward_context
         return {
             "target": type(target).__name__,
             "draft": type(draft).__name__,
-            "own_modules": sorted({name.rsplit(".", 1)[-1] for name in own} - {""}),
+            "own_leaves": sorted({name.rsplit(".", 1)[-1] for name in own}),
             "num_layers": len(layers),
             "num_caches": len({layer.kv_cache.data_ptr() for layer in layers.values()}),
             "runner": type(self.model_runner).__module__,

@@ -16,7 +16,7 @@ def check_version(version: str) -> None:
     if (found := re.match(r"(\d+)\.(\d+)", version)) is None:
         _logger.warning("Orthrus: vLLM %s was not tested with this plugin; tested: %s", version, ", ".join(TESTED))
         return
-    if (number := (int(found[1]), int(found[2]))) < OLDEST:
+    if (int(found[1]), int(found[2])) < OLDEST:
         raise RuntimeError(f"Orthrus needs vLLM {'.'.join(map(str, OLDEST))} or newer, this is {version}")
     if found[0] not in TESTED:
         _logger.warning(

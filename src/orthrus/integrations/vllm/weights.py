@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -39,7 +40,7 @@ def load_view(draft: nn.Module, weights: Iterable[tuple[str, Tensor]], *, source
         if (own, part) not in expected:
             raise ValueError(f"{source} holds {name}, which this model does not have")
         parameter = parameters[own]
-        load = getattr(parameter, "weight_loader", _copy)
+        load: Any = getattr(parameter, "weight_loader", _copy)
         try:
             load(parameter, tensor, part) if part else load(parameter, tensor)
         except (AssertionError, RuntimeError, ValueError, IndexError) as error:
