@@ -25,7 +25,23 @@ def speculative_config(view: str | os.PathLike, *, block_size: int = 32, **optio
     return {"method": "dflash", "model": os.fspath(view), "num_speculative_tokens": block_size - 1} | options
 
 
-def serve_command(model: str | os.PathLike, *arguments: str, block_size: int = 32) -> list[str]:
-    """The `vllm serve` line for a checkpoint, as a list of words; `arguments` are vLLM's own and go behind it."""
-    speculation = json.dumps(speculative_config(model, block_size=block_size))
-    return ["vllm", "serve", os.fspath(model), "--speculative-config", speculation, *arguments]
+def serve_command(
+    view: str | os.PathLike,
+    *arguments: str,
+    base: str | os.PathLike | None = None,
+    revision: str | None = None,
+    block_size: int = 32,
+) -> list[str]:
+    """The `vllm serve` line for a checkpoint, as a list of words; `arguments` are vLLM's own and go behind it.
+
+    With `base` the text is that of a stock checkpoint, which config.json does not call an OrthrusLM, and `view` only
+    drafts for it. `revision` is the view's on the Hub, and the target's where they are one.
+    """
+    options = {"revision": revision} if revision is not None else {}
+    speculation = json.dumps(speculative_config(view, block_size=block_size, **options))
+    head = ["vllm", "serve", os.fspath(view if base is None else base)]
+    if base is not None:
+        head += ["--hf-overrides", json.dumps({"architectures": ["OrthrusLM"]})]
+    elif revision is not None:
+        head += ["--revision", revision]
+    return [*head, "--speculative-config", speculation, *arguments]

@@ -63,6 +63,11 @@ def check_engine(vllm_config: Any) -> None:
             f"{view} is a view file, which holds no base to serve: vllm serve {base} --hf-overrides "
             f"""'{{"architectures": ["OrthrusLM"]}}' --speculative-config with {view} as its model"""
         )
+    if config.model_type != "qwen3":
+        raise ValueError(
+            f"model_type {config.model_type!r} is not supported by this plugin yet, only Qwen3; orthrus generate "
+            "decodes with other bases"
+        )
     check_layers(config)
     if (stages := vllm_config.parallel_config.pipeline_parallel_size) > 1:
         raise ValueError(
