@@ -137,13 +137,13 @@ def small_checkpoint(folder: Path) -> Path:
 
 
 @torch.no_grad()
-def law_of_three(folder: Path, prompt: list[int]) -> dict[tuple[int, ...], float]:
+def law_of_three(folder: Path, prompt: list[int], *, temperature: float = TEMPERATURE) -> dict[tuple[int, ...], float]:
     """The probability of every continuation by three tokens."""
     model = OrthrusForCausalLM.from_pretrained(folder, dtype=torch.float32)
     p_PV, paths = torch.ones(1, 1, dtype=torch.float64), [()]
     for _ in range(3):
         rows = torch.tensor([[*prompt, *path] for path in paths])
-        q_PV = torch.softmax(model(rows).logits[:, -1].double() / TEMPERATURE, dim=-1)
+        q_PV = torch.softmax(model(rows).logits[:, -1].double() / temperature, dim=-1)
         p_PV = p_PV.reshape(-1, 1) * q_PV
         paths = [(*path, token) for path in paths for token in range(VOCABULARY)]
     return dict(zip(paths, p_PV.flatten().tolist(), strict=True))
@@ -168,10 +168,13 @@ def test_sampled_text_has_the_base_models_law(tmp_path: Path, method: str):
     )["rounds"][0]  # fmt: skip
     num_drafted, num_accepted = answer["counters"]["draft_tokens"][0], answer["counters"]["accepted_tokens"][0]
     assert 0 < num_accepted < num_drafted, "both ways a draft can go must be taken"
-    statistic, freedom = chi_squared(Counter(map(tuple, answer["tokens"])), law_of_three(folder, prompt))
+    found = Counter(map(tuple, answer["tokens"]))
+    statistic, freedom = chi_squared(found, law_of_three(folder, prompt))
     assert freedom >= 10
     # Mean + 4 standard deviations of the chi-squared law: a right sampler fails one time in some thousands.
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5
+    colder, freedom = chi_squared(found, law_of_three(folder, prompt, temperature=0.8 * TEMPERATURE))
+    assert colder > freedom + 4 * (2 * freedom) ** 0.5, "too few samples to tell a law from another"
 
 
 # Refusals, through the door that users use

@@ -57,6 +57,7 @@ def test_bundled_model_is_accepted_and_keeps_its_last_cached_page():
         ({"config": {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"] * 8}},
          "layer_types: sliding_attention layers"),
         ({"config": {"model_type": "orthrus_view"}}, "is a view file"),
+        ({"config": {"model_type": "llama"}}, "model_type 'llama' is not supported by this plugin yet, only Qwen3"),
         ({"cache_dtype": "fp8"}, "kv_cache_dtype=fp8 is not supported"),
         ({"lora": object()}, "LoRA adapters are not supported"),
         ({"width": 32}, "num_speculative_tokens=32 is too many: the view was trained with blocks of 32"),
@@ -66,8 +67,7 @@ def test_bundled_model_is_accepted_and_keeps_its_last_cached_page():
 )  # fmt: skip
 def test_what_cannot_work_is_named(changes: dict[str, Any], sentence: str):
     config = engine_config(**changes)
-    if "model_type" in changes.get("config", {}):
-        config.model_config.hf_config.model_type = "orthrus_view"
+    config.model_config.hf_config.model_type = changes.get("config", {}).get("model_type", "qwen3")
     with pytest.raises(ValueError, match=sentence):
         settle(config)
 
@@ -226,8 +226,8 @@ def test_every_tensor_of_the_view_lands_in_its_place():
         (lambda s: s.update({"model.layers.2.self_attn.k_proj_diff.weight": torch.zeros(2, 2)}),
          "m holds model.layers.2.self_attn.k_proj_diff.weight, which this model does not have"),
         (lambda s: s.update({"model.layers.1.mlp.up_diff.weight": torch.zeros(2, 2)}), "no tensor of a diffusion view"),
-        (lambda s: s.update({"model.layers.1.self_attn.o_proj_diff.weight": torch.zeros(2, 3)}),
-         r"o_proj_diff.weight has shape \[2, 3\], which does not fit"),
+        (lambda s: s.update({"model.layers.1.self_attn.o_proj_diff.weight": torch.zeros(1, 2)}),
+         r"o_proj_diff.weight has shape \[1, 2\], which does not fit"),
     ],
 )  # fmt: skip
 def test_view_that_does_not_fit_is_named(change: Any, sentence: str):
