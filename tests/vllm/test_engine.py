@@ -36,9 +36,10 @@ def check_text(answer: dict[str, Any]) -> None:
 
 def check_drafts(answer: dict[str, Any], *, block_size: int = 32) -> None:
     own = expected(len(answer["tokens"]), block_size)
+    (num_drafts,), (num_tokens,) = answer["counters"]["drafts"], answer["counters"]["draft_tokens"]
+    assert num_tokens == num_drafts * (block_size - 1), "vLLM cut blocks short: a step has too few tokens"
     assert answer["counters"]["accepted_tokens_per_pos"] == own.accepted_per_position, "the view drafts something else"
-    assert answer["counters"]["drafts"] == [own.num_drafts]
-    assert answer["counters"]["draft_tokens"] == [own.num_drafts * (block_size - 1)]
+    assert num_drafts == own.num_drafts
 
 
 @cache
@@ -66,7 +67,8 @@ def test_text_and_accepted_drafts_are_this_projects_own(runner: Any, index: int)
 
 @RUNNERS
 def test_prompts_were_cut_in_chunks_and_found_in_the_prefix_cache(runner: Any):
-    assert sum(map(len, prompts())) > ENGINE["max_num_batched_tokens"] < max(map(len, prompts()))
+    assert max(map(len, prompts())) > ENGINE["long_prefill_token_threshold"]
+    assert sum(map(len, prompts())) > ENGINE["max_num_batched_tokens"]
     found = runner()["rounds"][2]["cached"]
     assert found == [(len(ids) - 1) // PAGE * PAGE for ids in prompts()], "plain decoding would find these pages"
 
@@ -119,7 +121,7 @@ def test_checkpoint_alone_is_decoded_plainly():
 
 # Sampling: a model of few tokens, whose law of three of them can be written down
 
-VOCABULARY, NUM_SAMPLED, TEMPERATURE = 24, 720, 0.9
+VOCABULARY, NUM_SAMPLED, TEMPERATURE = 24, 480, 0.9
 
 
 def small_checkpoint(folder: Path) -> Path:
