@@ -48,6 +48,7 @@ def test_bundled_model_is_accepted_and_keeps_its_last_cached_page():
     config = engine_config()
     settle(config)
     assert config.speculative_config.disable_eagle_block_drop
+    assert config.speculative_config.draft_model_config.hf_config.dflash_config == {"mask_token_id": 8184}
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from orthrus.model.modeling import is_view_tensor
 def settle(vllm_config: Any) -> None:
     """Check a configuration before the engine starts, and set what nobody should have to know.
 
+    `dflash_config`: versions before 0.32 look for the mask token there alone (seen with 0.26).
     `disable_eagle_block_drop`: vLLM computes the last cached page of a prompt again for drafts that need its hidden
     states; the view needs none.
     """
@@ -29,6 +30,8 @@ def settle(vllm_config: Any) -> None:
     if vllm_config.load_config.load_format != "dummy":
         target, draft = vllm_config.model_config, speculation.draft_model_config
         check_files(draft.model, target.model, revision=draft.revision, target_revision=target.revision)
+    own = speculation.draft_model_config.hf_config
+    own.dflash_config = {"mask_token_id": own.mask_token_id} | (getattr(own, "dflash_config", None) or {})
     if hasattr(speculation, "disable_eagle_block_drop"):
         speculation.disable_eagle_block_drop = True
 
