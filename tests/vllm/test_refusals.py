@@ -15,7 +15,14 @@ from transformers import Qwen3Config
 from orthrus.decoding.generate import OrthrusForCausalLM
 from orthrus.environment import BUNDLED
 from orthrus.integrations.vllm import serve_command, speculative_config
-from orthrus.integrations.vllm.refusals import check_draft, check_engine, check_files, check_same_backend, settle
+from orthrus.integrations.vllm.refusals import (
+    check_draft,
+    check_engine,
+    check_files,
+    check_same_backend,
+    check_writes,
+    settle,
+)
 from orthrus.integrations.vllm.versions import check_version
 from orthrus.integrations.vllm.view_config import ViewConfig
 from orthrus.integrations.vllm.weights import load_view, stored_name, view_parameter
@@ -39,7 +46,9 @@ def engine_config(**changes: Any) -> Any:
         model_config=model, speculative_config=speculation if changes.pop("drafting", True) else None,
         parallel_config=SimpleNamespace(pipeline_parallel_size=changes.pop("stages", 1)),
         cache_config=SimpleNamespace(cache_dtype=changes.pop("cache_dtype", "auto")),
-        load_config=SimpleNamespace(load_format=changes.pop("load_format", "auto")),
+        load_config=SimpleNamespace(
+            load_format=changes.pop("load_format", "auto"), download_dir=changes.pop("place", None)
+        ),
         lora_config=changes.pop("lora", None), **changes,
     )  # fmt: skip
 
@@ -77,10 +86,11 @@ def test_plain_decoding_needs_no_view():
     settle(engine_config(drafting=False, cache_dtype="fp8", lora=object()))
 
 
-def test_random_weights_have_no_files_to_check():
+def test_files_that_only_vllm_finds_are_not_looked_for():
     with pytest.raises(ValueError, match="neither a folder nor a model id"):
         settle(engine_config(view="/nowhere", model="/nowhere"))
     settle(engine_config(view="/nowhere", model="/nowhere", load_format="dummy"))
+    settle(engine_config(view="/nowhere", model="/nowhere", place="/elsewhere"))
 
 
 def damaged(folder: Path, change: Any) -> Path:
@@ -159,6 +169,22 @@ def test_two_attention_backends_over_one_cache_are_refused():
     check_same_backend(one, one)
     with pytest.raises(ValueError, match="the target's attention backend is FLASH_ATTN, the draft's FLASHINFER"):
         check_same_backend(one, other)
+
+
+@pytest.mark.parametrize(
+    ("told", "in_read", "has_update", "works"),
+    [(None, False, True, True), (None, True, False, True), (None, False, False, False), ("layer", True, True, False)],
+)
+def test_backend_that_would_not_write_the_block_is_refused(told: Any, in_read: bool, has_update: bool, works: bool):
+    implementation = SimpleNamespace(kv_sharing_target_layer_name=told)
+    if has_update:
+        implementation.do_kv_cache_update = print
+    backend = SimpleNamespace(forward_includes_kv_cache_update=in_read, get_name=lambda: "NEW_ATTN")
+    layer = SimpleNamespace(impl=implementation, attn_backend=backend)
+    if works:
+        return check_writes(layer)
+    with pytest.raises(ValueError, match="NEW_ATTN would not write"):
+        check_writes(layer)
 
 
 def test_old_versions_are_refused_and_unknown_ones_warned_of(caplog: pytest.LogCaptureFixture):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from orthrus.integrations.vllm.attention import ViewAttention, borrow
-from orthrus.integrations.vllm.refusals import check_draft, check_same_backend
+from orthrus.integrations.vllm.refusals import check_draft, check_same_backend, check_writes
 from orthrus.integrations.vllm.symbols import DFlashQwen3ForCausalLM, VllmConfig
 from orthrus.integrations.vllm.target import OrthrusTarget, find_target
 from orthrus.integrations.vllm.weights import load_view
@@ -86,6 +86,7 @@ class OrthrusDraft(DFlashQwen3ForCausalLM):
         self.model = View(target, vllm_config, prefix=f"{prefix}.model".lstrip("."))
         for layer, own in zip(target.model.layers, self.model.layers, strict=True):
             check_same_backend(layer.self_attn.attn.attn_backend, own.self_attn.attn.attn_backend)
+            check_writes(own.self_attn.attn)
         self.draft_id_to_target_id = None
         self.logits_processor = target.logits_processor
         # vLLM gives the draft the target's embedding and head; these say that it has none of its own.

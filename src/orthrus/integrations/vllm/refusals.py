@@ -27,7 +27,9 @@ def settle(vllm_config: Any) -> None:
     if (speculation := vllm_config.speculative_config) is None or speculation.method != "dflash":
         return
     check_draft(vllm_config)
-    if vllm_config.load_config.load_format != "dummy":
+    loading = vllm_config.load_config
+    # Else the files lie where only vLLM's loader finds them, or there are none; loading checks the view again.
+    if loading.load_format in ("auto", "hf", "safetensors") and loading.download_dir is None:
         target, draft = vllm_config.model_config, speculation.draft_model_config
         check_files(draft.model, target.model, revision=draft.revision, target_revision=target.revision)
     own = speculation.draft_model_config.hf_config
@@ -110,4 +112,18 @@ def check_same_backend(target: Any, draft: Any) -> None:
         raise ValueError(
             f"the target's attention backend is {target.get_name()}, the draft's {draft.get_name()}: they read one "
             "cache, so set attention_backend of the speculative config to the target's"
+        )
+
+
+def check_writes(layer: Any) -> None:
+    """`ValueError` unless a layer of the view writes the block's keys and values, by itself or in its backend's read.
+
+    A backend that knows of a shared cache leaves the write to its owner; the view would then draft from stale slots.
+    """
+    told = getattr(layer.impl, "kv_sharing_target_layer_name", None) is not None
+    can_write = layer.attn_backend.forward_includes_kv_cache_update or hasattr(layer.impl, "do_kv_cache_update")
+    if told or not can_write:
+        raise ValueError(
+            f"attention backend {layer.attn_backend.get_name()} would not write the view's keys and values into a "
+            "shared cache; choose another by attention_backend"
         )
