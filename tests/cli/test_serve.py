@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from orthrus.cli.serve import find_program
+from orthrus.integrations.vllm import serve_command
 from tests.cli.commands import refused, run, run_process
 
 
@@ -41,6 +42,16 @@ def test_what_vllm_would_refuse_is_one_line(model: Path, view: Path, base: Path)
     assert "block_size must be at least 2" in refused("serve", model, "--backend", "vllm", "--block-size", 1)
     assert "has no diffusion view" in refused("serve", base, "--backend", "vllm", "--dry-run")
     assert "--backend sglang: choose vllm" in refused("serve", model, "--backend", "sglang")
+    for own in ("--speculative-config={}", "--hf-overrides={}"):
+        assert "is what this command writes" in refused("serve", model, "--backend", "vllm", "--dry-run", own)
+
+
+def test_revisions_go_to_whom_they_belong():
+    words = serve_command("VIEW", base="BASE", revision="v1", base_revision="b2")
+    assert words[words.index("--revision") + 1] == "b2"
+    assert json.loads(words[words.index("--speculative-config") + 1])["revision"] == "v1"
+    words = serve_command("MODEL", revision="v1")
+    assert words[words.index("--revision") + 1] == json.loads(words[-1])["revision"] == "v1"
 
 
 @pytest.mark.skipif((Path(sys.executable).parent / "vllm").is_file(), reason="this environment's own vllm comes first")

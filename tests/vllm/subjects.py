@@ -80,12 +80,17 @@ def expected(num_prompts: int, block_size: int, num_new: int = NUM_NEW) -> Expec
     return Expected(tokens=tokens, num_drafts=num_drafts, accepted_per_position=accepted)
 
 
-@cache
 def plain(num_prompts: int, num_new: int = NUM_NEW) -> list[list[int]]:
-    """This project's own text without drafting."""
+    """This project's own text of the first prompts without drafting."""
+    return plain_of(prompts()[:num_prompts], num_new)
+
+
+@cache
+def plain_of(some: tuple[tuple[int, ...], ...], num_new: int) -> list[list[int]]:
+    """This project's own text of some prompts without drafting."""
     stopping = Stopping(max_new_tokens=num_new, eos_token_ids=frozenset())
     decoder = Decoder(PortableBackend(model(), exact=False))
-    requests = [Request(prompt_ids=ids, stopping=stopping, drafting=False) for ids in prompts()[:num_prompts]]
+    requests = [Request(prompt_ids=ids, stopping=stopping, drafting=False) for ids in some]
     return [[token for record in decoder.stream(one) for token in record.token_ids] for one in requests]
 
 

@@ -18,7 +18,7 @@ from orthrus.decoding.generate import OrthrusForCausalLM
 from orthrus.environment import BUNDLED
 from orthrus.model.export import save_merged
 from tests.decoding.subjects import randomise
-from tests.vllm.subjects import ENGINE, NUM_PROMPTS, V2, expected, plain, prompts, round_of, run
+from tests.vllm.subjects import ENGINE, GREEDY, NUM_PROMPTS, V2, expected, plain, plain_of, prompts, round_of, run
 from tests.vllm.test_refusals import VIEW_TENSOR, damaged, view_over_base
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: make vllm-test")
@@ -71,6 +71,18 @@ def test_prompts_were_cut_in_chunks_and_found_in_the_prefix_cache(runner: Any):
     assert sum(map(len, prompts())) > ENGINE["max_num_batched_tokens"]
     found = runner()["rounds"][2]["cached"]
     assert found == [(len(ids) - 1) // PAGE * PAGE for ids in prompts()], "plain decoding would find these pages"
+
+
+@pytest.mark.parametrize("env", [None, V2], ids=["V1", "V2"])
+def test_text_is_plain_decodings_up_to_the_longest_sequence(env: dict[str, str] | None):
+    """Where a block would reach beyond it, the V2 runner gives its positions slots of the text."""
+    longest, num_prompt = 256, 205
+    long = [ids[:num_prompt] for ids in prompts() if len(ids) >= num_prompt][:4]
+    num_new = longest - num_prompt
+    one = {"prompts": long, "sampling": GREEDY | {"max_tokens": num_new}, "fault": None}
+    answer = run([one], env=env, max_model_len=longest)["rounds"][0]
+    assert answer["tokens"] == plain_of(tuple(long), num_new)
+    assert sum(answer["counters"]["accepted_tokens_per_pos"]) > 0
 
 
 @RUNNERS

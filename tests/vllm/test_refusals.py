@@ -40,11 +40,14 @@ def engine_config(**changes: Any) -> Any:
     )  # fmt: skip
     speculation = SimpleNamespace(
         method="dflash", num_speculative_tokens=changes.pop("width", 31), draft_model_config=draft,
-        disable_eagle_block_drop=False,
+        disable_eagle_block_drop=False, kv_cache_dtype=changes.pop("draft_cache_dtype", None),
     )  # fmt: skip
     return SimpleNamespace(
         model_config=model, speculative_config=speculation if changes.pop("drafting", True) else None,
-        parallel_config=SimpleNamespace(pipeline_parallel_size=changes.pop("stages", 1)),
+        parallel_config=SimpleNamespace(
+            pipeline_parallel_size=changes.pop("stages", 1),
+            decode_context_parallel_size=changes.pop("context_ranks", 1),
+        ),
         cache_config=SimpleNamespace(cache_dtype=changes.pop("cache_dtype", "auto")),
         load_config=SimpleNamespace(
             load_format=changes.pop("load_format", "auto"), download_dir=changes.pop("place", None)
@@ -69,6 +72,8 @@ def test_bundled_model_is_accepted_and_keeps_its_last_cached_page():
         ({"config": {"model_type": "orthrus_view"}}, "is a view file"),
         ({"config": {"model_type": "llama"}}, "model_type 'llama' is not supported by this plugin yet, only Qwen3"),
         ({"cache_dtype": "fp8"}, "kv_cache_dtype=fp8 is not supported"),
+        ({"draft_cache_dtype": "fp8"}, "kv_cache_dtype of the speculative config=fp8 is not supported"),
+        ({"context_ranks": 2}, "decode_context_parallel_size=2 is not supported"),
         ({"lora": object()}, "LoRA adapters are not supported"),
         ({"width": 32}, "num_speculative_tokens=32 is too many: the view was trained with blocks of 32"),
         ({"draft_config": {"mask_token_id": 8192}}, "mask_token_id 8192 is outside the embedding of 8192 rows"),

@@ -88,7 +88,6 @@ def answers(client: Any) -> dict[str, Any]:
         "streamed": "".join(event.choices[0].text for event in ask(stream=True) if event.choices),
         "stopped": (stopped.text, stopped.finish_reason),
         "logprobs": (likely.tokens, [round(x, 4) for x in likely.token_logprobs]),
-        "seeded": ask(seed=7).choices[0].text,
         "json": ask(extra_body={"structured_outputs": {"json": SCHEMA}}).choices[0].text,
         "drafted": num_accepted(str(client.base_url)),
     }

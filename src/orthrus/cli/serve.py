@@ -32,6 +32,9 @@ def serve(
     """Serve a checkpoint; options behind MODEL that are not listed here go to vllm serve as they are."""
     if backend not in BACKENDS:
         raise ValueError(f"--backend {backend}: choose {' or '.join(BACKENDS)}")
+    for own in ("--speculative-config", "--hf-overrides", "--model"):
+        if any(word.split("=")[0] == own for word in context.args):
+            raise ValueError(f"{own} is what this command writes; change the line that --dry-run prints and run that")
     words = vllm_line(model, base=base, revision=revision, block_size=block_size, arguments=context.args)
     program = None if dry_run else find_program(words[0])
     print(shlex.join(words), flush=True)
@@ -50,14 +53,18 @@ def vllm_line(
     # By name, as nothing imports an integration.
     integration, refusals = (import_module(f"orthrus.integrations.{name}") for name in ("vllm", "vllm.refusals"))
     checkpoint = read_checkpoint(model, revision=revision)
+    base_revision = None
     if checkpoint.form == "view" and base is None and (named := checkpoint.base_name()) is not None:
         base = os.path.normpath(checkpoint.folder / named.id) if named.id.startswith(("./", "../")) else named.id
-    refusals.check_files(model, base or model, revision=revision, target_revision=None if base else revision)
+        base_revision = named.revision
+    refusals.check_files(model, base or model, revision=revision, target_revision=base_revision if base else revision)
     trained = checkpoint.config["block_size"]
     block_size = trained if block_size is None else block_size
     if block_size > trained:
         raise ValueError(f"--block-size {block_size}: the view was trained with blocks of {trained}, so at most that")
-    return integration.serve_command(model, *arguments, base=base, revision=revision, block_size=block_size)
+    return integration.serve_command(
+        model, *arguments, base=base, revision=revision, base_revision=base_revision, block_size=block_size
+    )
 
 
 def find_program(name: str) -> str:

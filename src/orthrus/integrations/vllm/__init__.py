@@ -30,18 +30,19 @@ def serve_command(
     *arguments: str,
     base: str | os.PathLike | None = None,
     revision: str | None = None,
+    base_revision: str | None = None,
     block_size: int = 32,
 ) -> list[str]:
     """The `vllm serve` line for a checkpoint, as a list of words; `arguments` are vLLM's own and go behind it.
 
     With `base` the text is that of a stock checkpoint, which config.json does not call an OrthrusLM, and `view` only
-    drafts for it. `revision` is the view's on the Hub, and the target's where they are one.
+    drafts for it. `revision` is the view's on the Hub, and the target's where they are one; else `base_revision` is.
     """
     options = {"revision": revision} if revision is not None else {}
     speculation = json.dumps(speculative_config(view, block_size=block_size, **options))
     head = ["vllm", "serve", os.fspath(view if base is None else base)]
     if base is not None:
         head += ["--hf-overrides", json.dumps({"architectures": ["OrthrusLM"]})]
-    elif revision is not None:
-        head += ["--revision", revision]
+    if (of_target := revision if base is None else base_revision) is not None:
+        head += ["--revision", of_target]
     return [*head, "--speculative-config", speculation, *arguments]

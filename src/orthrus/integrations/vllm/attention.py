@@ -19,6 +19,7 @@ from orthrus.integrations.vllm.symbols import (
     RowParallelLinear,
     VllmConfig,
     call_name,
+    get_forward_context,
     unified_attention_with_output,
     unified_kv_cache_update,
 )
@@ -28,6 +29,18 @@ def borrow(owner: nn.Module, name: str, module: nn.Module) -> None:
     """Give `owner` an attribute that is another's module, without making it a part: it is loaded, moved and counted
     where it belongs."""
     object.__setattr__(owner, name, module)
+
+
+def drop_slots_behind(num_positions: int, positions_S: Tensor, layer: Attention) -> None:
+    """Have nothing written for positions from `num_positions` on, which the cache has no room for.
+
+    vLLM's V2 runner drafts beyond its longest sequence and gives such positions slots of the row's last page, over keys
+    and values of the text. -1 is its word for no slot.
+    """
+    slots = get_forward_context().slot_mapping
+    own = slots.get(layer.layer_name) if isinstance(slots, dict) else None
+    if own is not None:
+        own[: len(positions_S)].masked_fill_(positions_S >= num_positions, -1)
 
 
 class BlockAttention(Attention):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orthrus.integrations.vllm.attention import ViewAttention, borrow
+from orthrus.integrations.vllm.attention import ViewAttention, borrow, drop_slots_behind
 from orthrus.integrations.vllm.refusals import check_draft, check_same_backend, check_writes
 from orthrus.integrations.vllm.symbols import DFlashQwen3ForCausalLM, VllmConfig
 from orthrus.integrations.vllm.target import OrthrusTarget, find_target
@@ -87,6 +87,7 @@ class OrthrusDraft(DFlashQwen3ForCausalLM):
         for layer, own in zip(target.model.layers, self.model.layers, strict=True):
             check_same_backend(layer.self_attn.attn.attn_backend, own.self_attn.attn.attn_backend)
             check_writes(own.self_attn.attn)
+        self._num_positions = vllm_config.model_config.max_model_len - 1  # nothing is drafted for the last
         self.draft_id_to_target_id = None
         self.logits_processor = target.logits_processor
         # vLLM gives the draft the target's embedding and head; these say that it has none of its own.
@@ -98,6 +99,7 @@ class OrthrusDraft(DFlashQwen3ForCausalLM):
 
     def forward(self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
         """Hidden states where vLLM looks for them: row i holds the view's row i - 1. [S, D]."""
+        drop_slots_behind(self._num_positions, positions, self.model.layers[0].self_attn.attn)
         return roll(self.model(input_ids, positions, inputs_embeds))
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:

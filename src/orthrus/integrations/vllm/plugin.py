@@ -15,13 +15,11 @@ def register() -> None:
 
     vLLM puts "DFlash" before the architecture of a checkpoint that it is to draft with.
     """
-    import vllm
     from transformers import AutoConfig
     from vllm import ModelRegistry
 
     from orthrus.integrations.vllm.view_config import ViewConfig
 
-    check_version(vllm.__version__)
     AutoConfig.register(ViewConfig.model_type, ViewConfig, exist_ok=True)
     for name in TARGETS:
         ModelRegistry.register_model(name, "orthrus.integrations.vllm.target:OrthrusTarget")
@@ -47,8 +45,11 @@ def settle_before_start(architecture: str) -> None:
 
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
+            import vllm
+
             from orthrus.integrations.vllm.refusals import settle
 
+            check_version(vllm.__version__)
             settle(vllm_config)
 
     MODELS_CONFIG_MAP[architecture] = EngineConfig

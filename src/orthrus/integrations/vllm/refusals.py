@@ -81,8 +81,19 @@ def check_engine(vllm_config: Any) -> None:
         )
     if vllm_config.speculative_config is None:
         return
-    if (dtype := vllm_config.cache_config.cache_dtype) not in ("auto", "bfloat16", "float16", "float32"):
-        raise ValueError(f"kv_cache_dtype={dtype} is not supported by Orthrus: leave it at auto")
+    if vllm_config.speculative_config.method != "dflash":
+        return
+    for where, dtype in (
+        ("kv_cache_dtype", vllm_config.cache_config.cache_dtype),
+        ("kv_cache_dtype of the speculative config", getattr(vllm_config.speculative_config, "kv_cache_dtype", None)),
+    ):
+        if dtype not in (None, "auto", "bfloat16", "float16", "float32"):
+            raise ValueError(f"{where}={dtype} is not supported by Orthrus: leave it at auto")
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if (size := getattr(vllm_config.parallel_config, name, 1)) > 1:
+            raise ValueError(
+                f"{name}={size} is not supported by Orthrus: a block's keys are written where one rank has all slots"
+            )
     if getattr(vllm_config, "lora_config", None) is not None:
         raise ValueError("LoRA adapters are not supported by Orthrus: both views share the modules they would replace")
 

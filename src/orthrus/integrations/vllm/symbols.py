@@ -1,6 +1,7 @@
 """Every name of vLLM that the model classes rely on; where versions differ, they differ here."""
 
 from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import unified_attention_with_output, unified_kv_cache_update
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -17,6 +18,7 @@ __all__ = [
     "RowParallelLinear",
     "VllmConfig",
     "call_name",
+    "get_forward_context",
     "get_layers_from_vllm_config",
     "unified_attention_with_output",
     "unified_kv_cache_update",
