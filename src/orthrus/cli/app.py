@@ -17,6 +17,7 @@ from orthrus.cli.env import env
 from orthrus.cli.errors import reported
 from orthrus.cli.export import export
 from orthrus.cli.generate import generate
+from orthrus.cli.serve import SETTINGS, serve
 from orthrus.cli.train import train
 
 app = typer.Typer(
@@ -46,6 +47,8 @@ def orthrus(
 COMMANDS: tuple[Callable[..., None], ...] = (generate, chat, convert, datagen, train, export, env)
 for command in COMMANDS:
     app.command()(reported(command))
+
+app.command(context_settings=SETTINGS)(reported(serve))
 
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")

@@ -1,5 +1,6 @@
 """`orthrus export`: write a checkpoint in another form."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,11 +22,21 @@ def export(
     remote_code: Annotated[
         bool, typer.Option(help="Put code for trust_remote_code beside a merged checkpoint's weights.")
     ] = True,
+    reader: Annotated[
+        Literal["vllm"] | None,
+        typer.Option("--for", help="Leave out what this program does not read, and print the line that serves it."),
+    ] = None,
     force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
     """Write a checkpoint in another form."""
     options.check_dtype(dtype)
+    options.refuse(
+        "--form view",
+        "is not what --for vllm writes: it makes one checkpoint",
+        when=form == "view" and reader is not None,
+    )
+    remote_code = remote_code and reader is None
 
     from orthrus.cli.session import quiet
     from orthrus.model.export import export as write
@@ -35,3 +46,7 @@ def export(
         model, out, form=form, revision=revision, base=base, dtype=dtype, remote_code=remote_code, force=force
     )
     print_written(folder, form, as_json=as_json)
+    if reader is not None and not as_json:
+        from orthrus.cli.serve import vllm_line
+
+        print(shlex.join(vllm_line(str(folder), base=None, revision=None, block_size=None, arguments=[])))

@@ -1,0 +1,76 @@
+"""`orthrus serve`: a server of the OpenAI protocol over a checkpoint."""
+
+import os
+import shlex
+import shutil
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orthrus.cli import options
+
+BACKENDS = ("vllm",)
+SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""How the command is read: what is no option of its own is the backend's."""
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint or view file: a Hub id or a folder.")],
+    backend: Annotated[str, typer.Option(metavar="|".join(BACKENDS), help="Who serves it.")],
+    base: options.Base = None,
+    revision: options.Revision = None,
+    block_size: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Positions per cycle, anchor included; the trained number by default."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the line and do not run it.")] = False,
+) -> None:
+    """Serve a checkpoint; options behind MODEL that are not listed here go to vllm serve as they are."""
+    if backend not in BACKENDS:
+        raise ValueError(f"--backend {backend}: choose {' or '.join(BACKENDS)}")
+    for own in ("--speculative-config", "--hf-overrides", "--model"):
+        if any(word.split("=")[0] == own for word in context.args):
+            raise ValueError(f"{own} is what this command writes; change the line that --dry-run prints and run that")
+    words = vllm_line(model, base=base, revision=revision, block_size=block_size, arguments=context.args)
+    program = None if dry_run else find_program(words[0])
+    print(shlex.join(words), flush=True)
+    if program is not None:
+        os.execv(program, [program, *words[1:]])
+
+
+def vllm_line(
+    model: str, *, base: str | None, revision: str | None, block_size: int | None, arguments: list[str]
+) -> list[str]:
+    """The line that serves a checkpoint; `ValueError` for what vLLM would refuse in it, in fewer words."""
+    from orthrus.cli.session import quiet
+    from orthrus.model.checkpoint import read_checkpoint
+
+    quiet()
+    # By name, as nothing imports an integration.
+    integration, refusals = (import_module(f"orthrus.integrations.{name}") for name in ("vllm", "vllm.refusals"))
+    checkpoint = read_checkpoint(model, revision=revision)
+    base_revision = None
+    if checkpoint.form == "view" and base is None and (named := checkpoint.base_name()) is not None:
+        base = os.path.normpath(checkpoint.folder / named.id) if named.id.startswith(("./", "../")) else named.id
+        base_revision = named.revision
+    refusals.check_files(model, base or model, revision=revision, target_revision=base_revision if base else revision)
+    trained = checkpoint.config["block_size"]
+    block_size = trained if block_size is None else block_size
+    if block_size > trained:
+        raise ValueError(f"--block-size {block_size}: the view was trained with blocks of {trained}, so at most that")
+    return integration.serve_command(
+        model, *arguments, base=base, revision=revision, base_revision=base_revision, block_size=block_size
+    )
+
+
+def find_program(name: str) -> str:
+    """The program's path, from this environment before others; `ValueError` where there is none."""
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.is_file() else shutil.which(name)
+    if found is None:
+        raise ValueError(f"{name} is not installed here: pip install 'orthrus-llm[vllm]'")
+    return found

@@ -1,0 +1,35 @@
+"""Every name of vLLM that the model classes rely on; where versions differ, they differ here."""
+
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.attention import unified_attention_with_output, unified_kv_cache_update
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM
+
+__all__ = [
+    "Attention",
+    "DFlashQwen3ForCausalLM",
+    "QKVParallelLinear",
+    "Qwen3ForCausalLM",
+    "RMSNorm",
+    "RowParallelLinear",
+    "VllmConfig",
+    "call_name",
+    "get_forward_context",
+    "get_layers_from_vllm_config",
+    "unified_attention_with_output",
+    "unified_kv_cache_update",
+]
+
+
+def call_name(layer: Attention) -> object:
+    """How the registered operations `torch.ops.vllm.*` want a layer named: newer versions hide the string from the
+    compiler, so that one compiled layer serves all."""
+    try:
+        from vllm.model_executor.layers.attention.attention import _encode_layer_name
+    except ImportError:
+        return layer.layer_name
+    return _encode_layer_name(layer.layer_name)

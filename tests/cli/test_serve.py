@@ -1,0 +1,76 @@
+"""`orthrus serve` and `orthrus export --for vllm`: the line they print, which vLLM's own tests run."""
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from orthrus.cli.serve import find_program
+from orthrus.integrations.vllm import serve_command
+from tests.cli.commands import refused, run, run_process
+
+
+def line_of(output: str) -> list[str]:
+    """The words of the printed line."""
+    return shlex.split(output.splitlines()[-1])
+
+
+def test_line_names_the_checkpoint_twice_and_its_trained_block(model: Path):
+    words = line_of(
+        run("serve", model, "--backend", "vllm", "--dry-run", "--tensor-parallel-size", 2, "--port=9").stdout
+    )
+    assert words[:4] == ["vllm", "serve", str(model), "--speculative-config"]
+    assert json.loads(words[4]) == {"method": "dflash", "model": str(model), "num_speculative_tokens": 7}
+    assert words[5:] == ["--tensor-parallel-size", "2", "--port=9"]
+    words = line_of(run("serve", model, "--backend", "vllm", "--dry-run", "--block-size", 4).stdout)
+    assert json.loads(words[-1])["num_speculative_tokens"] == 3
+
+
+def test_line_of_a_view_file_serves_its_base(view: Path, base: Path):
+    for arguments in ((), ("--base", base)):
+        words = line_of(run("serve", view, "--backend", "vllm", "--dry-run", *arguments).stdout)
+        assert words[:3] == ["vllm", "serve", str(base)]
+        assert json.loads(words[words.index("--hf-overrides") + 1]) == {"architectures": ["OrthrusLM"]}
+        assert json.loads(words[words.index("--speculative-config") + 1])["model"] == str(view)
+
+
+def test_what_vllm_would_refuse_is_one_line(model: Path, view: Path, base: Path):
+    assert "at most that" in refused("serve", model, "--backend", "vllm", "--dry-run", "--block-size", 9)
+    assert "block_size must be at least 2" in refused("serve", model, "--backend", "vllm", "--block-size", 1)
+    assert "has no diffusion view" in refused("serve", base, "--backend", "vllm", "--dry-run")
+    assert "--backend sglang: choose vllm" in refused("serve", model, "--backend", "sglang")
+    for own in ("--speculative-config={}", "--hf-overrides={}"):
+        assert "is what this command writes" in refused("serve", model, "--backend", "vllm", "--dry-run", own)
+
+
+def test_revisions_go_to_whom_they_belong():
+    words = serve_command("VIEW", base="BASE", revision="v1", base_revision="b2")
+    assert words[words.index("--revision") + 1] == "b2"
+    assert json.loads(words[words.index("--speculative-config") + 1])["revision"] == "v1"
+    words = serve_command("MODEL", revision="v1")
+    assert words[words.index("--revision") + 1] == json.loads(words[-1])["revision"] == "v1"
+
+
+@pytest.mark.skipif((Path(sys.executable).parent / "vllm").is_file(), reason="this environment's own vllm comes first")
+def test_line_is_run_in_place_of_the_command(model: Path, tmp_path: Path):
+    program = tmp_path / "vllm"
+    program.write_text(f"#!{sys.executable}\nimport sys\nprint('ran', *sys.argv[1:3])\nsys.exit(3)\n")
+    program.chmod(0o755)
+    done = run_process("serve", model, "--backend", "vllm", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.splitlines()[-1] == f"ran serve {model}"
+
+
+def test_absent_program_is_named():
+    with pytest.raises(ValueError, match="no-such-program is not installed here: pip install"):
+        find_program("no-such-program")
+
+
+def test_export_for_vllm_has_no_code_and_prints_its_line(view: Path, base: Path, tmp_path: Path):
+    words = line_of(run("export", view, tmp_path / "out", "--for", "vllm").stdout)
+    assert words[:3] == ["vllm", "serve", str(tmp_path / "out")]
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert "is not what --for vllm writes" in refused("export", view, tmp_path / "v", "--for", "vllm", "--form", "view")

@@ -1,0 +1,59 @@
+"""`python -m tests.vllm.program < plan.json`: one vLLM engine in a process of its own, which prints a line of JSON
+behind `ANSWER`.
+
+A plan is {"engine": keywords of vllm.LLM, "rounds": [{"prompts", "sampling", "fault"}, ..]}; a round's answer has the
+text of each prompt as token ids, how much of its prompt came from the prefix cache, and what the round added to vLLM's
+counters of drafting. "fault" names a mistake of `tests.vllm.worker` that is planted in the running engine.
+"""
+
+import json
+import sys
+from typing import Any
+
+ANSWER = "ANSWER "
+PREFIX = "vllm:spec_decode_num_"
+
+
+def counters(llm: Any) -> dict[str, list[int]]:
+    """vLLM's counters of drafting by their short names, as lists."""
+    found = {}
+    for metric in llm.get_metrics():
+        if metric.name.startswith(PREFIX):
+            values = metric.values if hasattr(metric, "values") else [metric.value]
+            found[metric.name.removeprefix(PREFIX)] = [int(value) for value in values]
+    return found
+
+
+def run_round(llm: Any, plan: dict[str, Any]) -> dict[str, Any]:
+    """Decode one round's prompts together."""
+    from vllm import SamplingParams
+
+    before = counters(llm)
+    llm.collective_rpc("plant", args=(plan.get("fault"),))
+    prompts = [{"prompt_token_ids": ids} for ids in plan["prompts"]]
+    outputs = llm.generate(prompts, SamplingParams(**plan["sampling"]), use_tqdm=False)
+    llm.collective_rpc("plant", args=(None,))
+    after = counters(llm)
+    return {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "cached": [output.num_cached_tokens or 0 for output in outputs],
+        "counters": {
+            name: [new - old for new, old in zip(values, before.get(name, [0] * len(values)), strict=True)]
+            for name, values in after.items()
+        },
+    }
+
+
+def main() -> None:
+    """Read the plan, run it, print what came of it."""
+    from vllm import LLM
+
+    plan = json.load(sys.stdin)
+    llm = LLM(worker_extension_cls="tests.vllm.worker.Worker", disable_log_stats=False, **plan["engine"])
+    rounds = [run_round(llm, one) for one in plan["rounds"]]
+    facts = llm.collective_rpc("facts") if plan["engine"].get("speculative_config") else None
+    print(ANSWER + json.dumps({"rounds": rounds, "facts": facts}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""vLLM with this project's view against this project's own decoder, on a CPU in fp32: the text, and how many drafts
+were accepted at each position of a block. Text alone sees no mistake of a draft: vLLM corrects it.
+
+An engine takes half a minute to start, so each answers for several tests. `make vllm-test` has what they need.
+"""
+
+from collections import Counter
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orthrus.config import OrthrusConfig
+from orthrus.decoding.generate import OrthrusForCausalLM
+from orthrus.environment import BUNDLED
+from orthrus.model.export import save_merged
+from tests.decoding.subjects import randomise
+from tests.vllm.subjects import ENGINE, GREEDY, NUM_PROMPTS, V2, expected, plain, plain_of, prompts, round_of, run
+from tests.vllm.test_refusals import VIEW_TENSOR, damaged, view_over_base
+
+pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: make vllm-test")
+
+FAULTS = ("write removed", "roll removed", "causal mask")
+PAGE = 128
+"""Tokens of a page of vLLM's cache on a CPU."""
+
+
+def check_text(answer: dict[str, Any]) -> None:
+    num_prompts = len(answer["tokens"])
+    wrong = [i for i, (a, b) in enumerate(zip(answer["tokens"], plain(num_prompts), strict=True)) if a != b]
+    assert not wrong, f"prompts {wrong} were not continued as plain decoding continues them"
+
+
+def check_drafts(answer: dict[str, Any], *, block_size: int = 32) -> None:
+    own = expected(len(answer["tokens"]), block_size)
+    (num_drafts,), (num_tokens,) = answer["counters"]["drafts"], answer["counters"]["draft_tokens"]
+    assert num_tokens == num_drafts * (block_size - 1), "vLLM cut blocks short: a step has too few tokens"
+    assert answer["counters"]["accepted_tokens_per_pos"] == own.accepted_per_position, "the view drafts something else"
+    assert num_drafts == own.num_drafts
+
+
+@cache
+def v1() -> dict[str, Any]:
+    rounds = [round_of(1), round_of(NUM_PROMPTS), round_of(NUM_PROMPTS)]
+    return run(rounds + [round_of(NUM_PROMPTS, fault=fault) for fault in FAULTS] + [round_of(1)])
+
+
+@cache
+def v2() -> dict[str, Any]:
+    few = [round_of(2, fault=fault) for fault in FAULTS]  # its kernels run in Triton's interpreter here
+    return run([round_of(1), round_of(NUM_PROMPTS), round_of(NUM_PROMPTS), *few, round_of(1)], env=V2)
+
+
+RUNNERS = pytest.mark.parametrize("runner", [v1, v2], ids=["V1", "V2"])
+
+
+@RUNNERS
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["one row", "24 rows in chunks", "24 rows from the prefix cache"])
+def test_text_and_accepted_drafts_are_this_projects_own(runner: Any, index: int):
+    answer = runner()["rounds"][index]
+    check_text(answer)
+    check_drafts(answer)
+
+
+@RUNNERS
+def test_prompts_were_cut_in_chunks_and_found_in_the_prefix_cache(runner: Any):
+    assert max(map(len, prompts())) > ENGINE["long_prefill_token_threshold"]
+    assert sum(map(len, prompts())) > ENGINE["max_num_batched_tokens"]
+    found = runner()["rounds"][2]["cached"]
+    assert found == [(len(ids) - 1) // PAGE * PAGE for ids in prompts()], "plain decoding would find these pages"
+
+
+@pytest.mark.parametrize("env", [None, V2], ids=["V1", "V2"])
+def test_text_is_plain_decodings_up_to_the_longest_sequence(env: dict[str, str] | None):
+    """Where a block would reach beyond it, the V2 runner gives its positions slots of the text."""
+    longest, num_prompt = 256, 205
+    long = [ids[:num_prompt] for ids in prompts() if len(ids) >= num_prompt][:4]
+    num_new = longest - num_prompt
+    one = {"prompts": long, "sampling": GREEDY | {"max_tokens": num_new}, "fault": None}
+    answer = run([one], env=env, max_model_len=longest)["rounds"][0]
+    assert answer["tokens"] == plain_of(tuple(long), num_new)
+    assert sum(answer["counters"]["accepted_tokens_per_pos"]) > 0
+
+
+@RUNNERS
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_leaves_the_text_and_shows_in_the_accepted_drafts(runner: Any, fault: str):
+    answer = runner()["rounds"][3 + FAULTS.index(fault)]
+    check_text(answer)
+    with pytest.raises(AssertionError, match="the view drafts something else"):
+        check_drafts(answer)
+    own = expected(len(answer["tokens"]), 32)
+    assert answer["counters"]["accepted_tokens"][0] < sum(own.accepted_per_position)
+
+
+@RUNNERS
+def test_mended_engine_drafts_as_before(runner: Any):
+    check_drafts(runner()["rounds"][-1])
+
+
+@RUNNERS
+def test_view_owns_its_projections_and_no_cache(runner: Any):
+    (facts,) = runner()["facts"]
+    assert (facts["target"], facts["draft"]) == ("OrthrusTarget", "OrthrusDraft")
+    assert set(facts["own_leaves"]) == {"qkv_proj", "o_proj", "q_norm", "k_norm", "attn"}
+    assert (facts["num_layers"], facts["num_caches"]) == (16, 8)
+    assert facts["runner"] == {v1: "vllm.v1.worker.cpu_model_runner", v2: "vllm.v1.worker.cpu.model_runner"}[runner]
+
+
+def test_two_ranks_of_tensor_parallelism_draft_as_one():
+    answer = run([round_of(NUM_PROMPTS)], tensor_parallel_size=2)
+    assert len(answer["facts"]) == 2
+    check_text(answer["rounds"][0])
+    check_drafts(answer["rounds"][0])
+
+
+def test_view_file_drafts_for_the_stock_base_in_smaller_blocks(tmp_path: Path):
+    view, base = view_over_base(tmp_path)
+    overrides = {"architectures": ["OrthrusLM"]}
+    answer = run([round_of(NUM_PROMPTS)], model_name=base, view=view, block_size=8, hf_overrides=overrides)["rounds"][0]
+    check_text(answer)
+    check_drafts(answer, block_size=8)
+
+
+def test_checkpoint_alone_is_decoded_plainly():
+    answer = run([round_of(4)], block_size=None)["rounds"][0]
+    check_text(answer)
+    assert not any(map(sum, answer["counters"].values()))
+
+
+# Sampling: a model of few tokens, whose law of three of them can be written down
+
+VOCABULARY, NUM_SAMPLED, TEMPERATURE = 24, 480, 0.9
+
+
+def small_checkpoint(folder: Path) -> Path:
+    """A random model with a head of its own; the view is a copy of the projections, so that many drafts are wrong."""
+    config = OrthrusConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=256, tie_word_embeddings=False, block_size=8,
+        mask_token_id=VOCABULARY - 1, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    model = OrthrusForCausalLM(config)
+    randomise(model, seed=0, std=0.25)
+    model.init_view()
+    save_merged(model, folder, remote_code=False)
+    return folder
+
+
+@torch.no_grad()
+def law_of_three(folder: Path, prompt: list[int], *, temperature: float = TEMPERATURE) -> dict[tuple[int, ...], float]:
+    """The probability of every continuation by three tokens."""
+    model = OrthrusForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    p_PV, paths = torch.ones(1, 1, dtype=torch.float64), [()]
+    for _ in range(3):
+        rows = torch.tensor([[*prompt, *path] for path in paths])
+        q_PV = torch.softmax(model(rows).logits[:, -1].double() / temperature, dim=-1)
+        p_PV = p_PV.reshape(-1, 1) * q_PV
+        paths = [(*path, token) for path in paths for token in range(VOCABULARY)]
+    return dict(zip(paths, p_PV.flatten().tolist(), strict=True))
+
+
+def chi_squared(found: Counter, law: dict[tuple[int, ...], float]) -> tuple[float, int]:
+    """The statistic and its degrees of freedom; continuations expected fewer than 5 times count together."""
+    total = found.total()
+    cells = [(found[path], p * total) for path, p in law.items() if p * total >= 5]
+    cells.append((total - sum(n for n, _ in cells), total - sum(e for _, e in cells)))
+    return sum((n - e) ** 2 / e for n, e in cells), len(cells) - 1
+
+
+@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+def test_sampled_text_has_the_base_models_law(tmp_path: Path, method: str):
+    folder, prompt = small_checkpoint(tmp_path / "small"), [1, 5, 2, 7, 3]
+    sampling = {"temperature": TEMPERATURE, "max_tokens": 3, "ignore_eos": True, "detokenize": False}
+    one = {"prompts": [prompt] * NUM_SAMPLED, "sampling": sampling, "fault": None}
+    answer = run(
+        [one], model_name=folder, block_size=4, env=V2, speculation={"draft_sample_method": method}, seed=1,
+        skip_tokenizer_init=True, max_model_len=256,
+    )["rounds"][0]  # fmt: skip
+    num_drafted, num_accepted = answer["counters"]["draft_tokens"][0], answer["counters"]["accepted_tokens"][0]
+    assert 0 < num_accepted < num_drafted, "both ways a draft can go must be taken"
+    found = Counter(map(tuple, answer["tokens"]))
+    statistic, freedom = chi_squared(found, law_of_three(folder, prompt))
+    assert freedom >= 10
+    # Mean + 4 standard deviations of the chi-squared law: a right sampler fails one time in some thousands.
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5
+    colder, freedom = chi_squared(found, law_of_three(folder, prompt, temperature=0.8 * TEMPERATURE))
+    assert colder > freedom + 4 * (2 * freedom) ** 0.5, "too few samples to tell a law from another"
+
+
+# Refusals, through the door that users use
+
+
+@pytest.mark.parametrize(
+    ("block_size", "engine", "sentence"),
+    [
+        (32, {"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 is not supported by Orthrus"),
+        (33, {}, "num_speculative_tokens=32 is too many: the view was trained with blocks of 32"),
+        (32, {"model_name": "damaged"}, f"lacks 1 tensors: {VIEW_TENSOR}"),
+    ],
+    ids=["pipeline", "block", "damaged"],
+)
+def test_engine_does_not_start_and_says_why(tmp_path: Path, block_size: int, engine: dict[str, Any], sentence: str):
+    folder = BUNDLED
+    if engine.pop("model_name", None):
+        folder = damaged(tmp_path / "damaged", lambda tensors: tensors.pop(VIEW_TENSOR))
+    with pytest.raises(AssertionError, match="the engine failed") as failure:
+        run([round_of(1)], model_name=folder, block_size=block_size, **engine)
+    assert sentence in str(failure.value)
+    assert "EngineCore" not in str(failure.value), "refused before vLLM starts processes"

@@ -1,0 +1,56 @@
+"""What the tests ask of vLLM's worker process: planted mistakes, and what the model there looks like."""
+
+from typing import Any
+
+from torch import nn
+
+
+def drafter(runner: Any) -> Any:
+    """The draft's side of the runner: a proposer in V1, a speculator in V2."""
+    return getattr(runner, "drafter", None) or runner.speculator
+
+
+class Worker:
+    """A `worker_extension_cls`: vLLM gives its worker these methods."""
+
+    model_runner: Any
+
+    def plant(self, fault: str | None) -> None:
+        """Break the draft in one way, or mend it (None)."""
+        from orthrus.integrations.vllm import attention, draft
+
+        assert fault in (None, "write removed", "roll removed", "causal mask"), fault
+        block: Any = attention.BlockAttention
+        module: Any = draft
+        if not hasattr(block, "sound"):
+            block.sound = (block.write, module.roll)
+        block.write, module.roll = block.sound
+        set_causal(self.model_runner, fault == "causal mask")
+        if fault == "write removed":
+            block.write = lambda *_: None
+        elif fault == "roll removed":
+            module.roll = lambda hidden_SD: hidden_SD
+
+    def facts(self) -> dict[str, Any]:
+        """Whose modules the draft runs, and how many layers have a cache of their own."""
+        target, draft = self.model_runner.get_model(), drafter(self.model_runner).model
+        modules = {id(module) for module in target.modules()}
+        leaves = [(name, module) for name, module in draft.named_modules() if not list(module.children())]
+        own = [name for name, module in leaves if id(module) not in modules]
+        layers = self.model_runner.vllm_config.compilation_config.static_forward_context
+        return {
+            "target": type(target).__name__,
+            "draft": type(draft).__name__,
+            "own_leaves": sorted({name.rsplit(".", 1)[-1] for name in own}),
+            "num_layers": len(layers),
+            "num_caches": len({layer.kv_cache.data_ptr() for layer in layers.values()}),
+            "runner": type(self.model_runner).__module__,
+        }
+
+
+def set_causal(runner: Any, causal: bool) -> None:
+    """Whether the draft pass masks what lies behind a position."""
+    if (own := getattr(runner, "drafter", None)) is not None:
+        own.dflash_causal = causal
+    elif (own := getattr(runner, "speculator", None)) is not None and isinstance(own.model, nn.Module):
+        own._group_causal = dict.fromkeys(own._group_causal, causal)
