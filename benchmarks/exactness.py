@@ -19,7 +19,6 @@ engine's, by their root mean square; a way that is further apart than rounding t
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import statistics
 import sys
@@ -40,7 +39,7 @@ if not torch.cuda.is_available():
 
 from benchmarks.cycle import fill, pass_bytes, random_model, rows_of, run_cycles
 from benchmarks.gemv import Spread
-from benchmarks.gpu import COLD_BYTES, MODELS, microseconds, on_device, product_shapes, stream_tbps
+from benchmarks.gpu import COLD_BYTES, MODELS, in_processes, microseconds, on_device, product_shapes, stream_tbps
 
 from benchmarks import gemv, tiles
 from orthrus.engine import reference
@@ -167,13 +166,7 @@ def compile_all(work: list[tuple[Product, Choice]], device: torch.device, num_pr
     unique = list({compiled_as(product, choice): (product, choice) for product, choice in work}.values())
     unique.sort(key=lambda one: one[0].shape)  # a process meets few shapes
     size = math.ceil(len(unique) / num_processes)
-    context = multiprocessing.get_context("spawn")
-    shares = [unique[at : at + size] for at in range(0, len(unique), size)]
-    workers = [context.Process(target=compile_some, args=(share, device)) for share in shares]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    in_processes(compile_some, [unique[at : at + size] for at in range(0, len(unique), size)], device)
 
 
 def fastest(product: Product, tried: Sequence[Choice], device: torch.device) -> tuple[Choice, float]:

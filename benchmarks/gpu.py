@@ -3,6 +3,7 @@
 Where there is no GPU, set TRITON_INTERPRET before this is imported.
 """
 
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +40,16 @@ COLD_BYTES = 256 << 20
 
 MIN_CALLS = 16
 """Calls of one replay, at least: it is long against its launch."""
+
+
+def in_processes(work: Callable[..., None], shares: Sequence[Any], *others: Any) -> None:
+    """work(share, *others) for each share in a process of its own, until all have ended."""
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=work, args=(share, *others)) for share in shares]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
 
 
 def product_shapes(model: ModelShape) -> dict[str, tuple[int, int]]:

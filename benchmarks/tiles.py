@@ -15,14 +15,13 @@ import argparse
 import itertools
 import json
 import math
-import multiprocessing
 import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from benchmarks.gpu import COLD_BYTES, MODELS, microseconds, product_shapes
+from benchmarks.gpu import COLD_BYTES, MODELS, in_processes, microseconds, product_shapes
 from torch import Tensor
 
 from orthrus.engine.kernels import head, linear
@@ -86,13 +85,7 @@ def compile_some(work: list[tuple[str, Tiles]], is_fp8: bool, row_counts: tuple[
 
 def compile_all(work: list[tuple[str, Tiles]], is_fp8: bool, row_counts: tuple[int, ...], processes: int) -> None:
     """Compile in parallel."""
-    context = multiprocessing.get_context("spawn")
-    shares = [work[i::processes] for i in range(processes)]
-    workers = [context.Process(target=compile_some, args=(share, is_fp8, row_counts)) for share in shares]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    in_processes(compile_some, [work[i::processes] for i in range(processes)], is_fp8, row_counts)
 
 
 def best_tiles(

@@ -15,8 +15,9 @@ from orthrus.decoding.chooser import Chooser, Settings
 from orthrus.decoding.decoder import Decoder
 from orthrus.decoding.row import Row
 from orthrus.decoding.sampling import Sampling
-from orthrus.engine import engine as engine_module
-from orthrus.engine.engine import SCORE_COPIES, SCORES_BYTES, group_rows
+from orthrus.engine import choice
+from orthrus.engine.choice import KEPT_BYTES, SCORE_COPIES, SCORES_BYTES, group_rows
+from orthrus.engine.engine import affordable_bytes
 from orthrus.engine.passes import Inputs
 from tests.decoding.subjects import decode_all, random_prompt, request
 from tests.decoding.test_decoder import SAMPLED
@@ -121,9 +122,9 @@ def test_groups_and_drafts_computed_again_change_nothing(
     """Rows chosen one by one or in pairs, sampled drafts kept or not."""
     kinds = [*KINDS, PROCESSED]
     expected, wanted = told(Decoder(engine()), requests_of(kinds))
-    monkeypatch.setattr(engine_module, "SCORES_BYTES", scores_bytes)
-    monkeypatch.setattr(engine_module, "KEPT_BYTES", kept_bytes)
-    redrafts = counted(monkeypatch, engine_module, "at_column")
+    monkeypatch.setattr(choice, "SCORES_BYTES", scores_bytes)
+    monkeypatch.setattr(choice, "KEPT_BYTES", kept_bytes)
+    redrafts = counted(monkeypatch, choice, "at_column")
     found, found_wanted = told(Decoder(engine()), requests_of(kinds))
     assert (redrafts[0] > 0) == (kept_bytes == 0)
     assert [one[:4] for one in found] == [one[:4] for one in expected]
@@ -190,9 +191,9 @@ def test_groups_fit_what_is_reserved():
 def test_pages_leave_what_choices_take(free: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
-    taken = engine_module.affordable_bytes(torch.device("cuda"))
+    taken = affordable_bytes(torch.device("cuda"))
     assert 0 <= taken <= 0.9 * free
-    assert taken == 0 or free - taken >= SCORES_BYTES + engine_module.KEPT_BYTES
+    assert taken == 0 or free - taken >= SCORES_BYTES + KEPT_BYTES
 
 
 def peak_bytes(work: Callable[[], Any], folder: Path) -> int:

@@ -12,8 +12,9 @@ from orthrus.decoding.decoder import Decoder
 from orthrus.decoding.generate import OrthrusForCausalLM
 from orthrus.decoding.row import Row
 from orthrus.decoding.sampling import Sampling, drop_top_k_, drop_top_p_, seed_tensor
-from orthrus.engine import engine as engine_module
-from orthrus.engine.engine import SCORE_COPIES, EngineBackend
+from orthrus.engine import choice
+from orthrus.engine.choice import SCORE_COPIES, group_rows
+from orthrus.engine.engine import EngineBackend
 from orthrus.environment import BUNDLED
 from tests.decoding.subjects import decode_all, request
 from tests.decoding.test_sampling import TOP_KS, check_kept, rows_of_each_kind, sorted_top_p
@@ -57,8 +58,8 @@ def test_groups_and_drafts_computed_again_change_no_text(
     expected, _ = decode_all(Decoder(backend, block_size=8), requests)
     for row in range(len(requests)):
         backend.release(row)
-    monkeypatch.setattr(engine_module, "SCORES_BYTES", 1)
-    monkeypatch.setattr(engine_module, "KEPT_BYTES", 0)
+    monkeypatch.setattr(choice, "SCORES_BYTES", 1)
+    monkeypatch.setattr(choice, "KEPT_BYTES", 0)
     found, _ = decode_all(Decoder(backend, block_size=8), requests)
     assert found == expected
 
@@ -97,9 +98,9 @@ def test_many_sampled_rows_take_what_is_reserved(backend: EngineBackend, monkeyp
     """Beyond what greedy rows take: what two rows may take, of sixteen."""
     row_logits = 8 * backend.model.config.vocab_size
     allowed = 2 * SCORE_COPIES * 4 * row_logits
-    monkeypatch.setattr(engine_module, "SCORES_BYTES", allowed)
-    monkeypatch.setattr(engine_module, "KEPT_BYTES", 0)
-    assert len(engine_module.group_rows(16, row_logits)) == 8
+    monkeypatch.setattr(choice, "SCORES_BYTES", allowed)
+    monkeypatch.setattr(choice, "KEPT_BYTES", 0)
+    assert len(group_rows(16, row_logits)) == 8
 
     def decode(*kinds: dict[str, Any]) -> None:
         decode_all(

@@ -289,8 +289,10 @@ class Decoder:
         # An exact pass sees all slots that its row will need.
         num_slots = max(row.max_tokens if self._backend.exact else row.num_cached for row in rows)
         batch, planned, self._planned = [row.index for row in rows], self._planned, None
-        is_planned = planned is not None and planned[0] == batch
-        choice = planned[1] if planned and is_planned else self._schedule.choose(candidates, num_slots)
+        if planned is not None and planned[0] == batch:
+            choice = planned[1]
+        else:
+            choice = self._schedule.choose(candidates, num_slots)
         after = self._schedule.choose(candidates, num_slots, running=choice) if self._backend.looks_ahead else None
         for sequence in sequences:
             sequence.plan(width=choice.width, next_width=None if after is None else after.width)

@@ -57,13 +57,8 @@ MERGE = dict(TILE_M=4, num_warps=4, AHEAD=16)
 ALL_PROGRAMS = 128
 """Programs of whole rows that suffice where the scratch would exceed SCRATCH_BYTES: about one a multiprocessor."""
 
-ALL_HEADS = dict(short=4096, long=8192, of_a_key=32)
-"""Query heads of a pass whose rows have at most SHORT_SLOTS, or more, and of a key head and row, from which on
-ALL_PROGRAMS or more of whole rows are faster, in any scratch. In short rows twice as many heads need no more than half
-as many programs. On an H200 at the shapes of Qwen3-8B and 1.7B, 1k and 8k slots, 1 to 64 rows of 1 to 32 positions
-(docs/experiments.md); between these, and beyond, nothing was measured."""
-
 SHORT_SLOTS = 2048
+"""Slots of tables up to which rows count as short in `reads_whole_rows`."""
 
 SCRATCH_BYTES = 64 << 20
 
@@ -144,21 +139,22 @@ def spread(shape: torch.Size, pages: Pages, *, width: int, element_size: int) ->
     num_programs = num_tiles * num_batch * num_groups
     if num_programs >= ALL_PROGRAMS and not is_small:
         return Plan(num_tiles, by_row, 0)
-    if width * num_heads // num_groups >= ALL_HEADS["of_a_key"] and reads_whole_rows(
-        num_rows * num_heads, num_programs, num_pages * num_slots
-    ):
+    of_a_key = width * num_heads // num_groups
+    if of_a_key >= 32 and reads_whole_rows(num_rows * num_heads, num_programs, num_pages * num_slots):
         return Plan(num_tiles, by_row, 0)
     by_split = PART_TILES[element_size]
     return Plan(triton.cdiv(width * num_heads // num_groups, by_split["TILE_M"]), by_split, splits)
 
 
 def reads_whole_rows(num_heads: int, num_programs: int, num_slots: int) -> bool:
-    """Whether a pass with many query heads a key head is faster so: by ALL_HEADS."""
-    if num_slots > SHORT_SLOTS:
-        return num_programs >= ALL_PROGRAMS and num_heads >= ALL_HEADS["long"]
+    """Whether a pass of so many query heads, at least 32 of a row's for each key head, is faster with whole rows.
+
+    Measured on an H200 at the shapes of Qwen3-8B and 1.7B, 1k and 8k slots, 1 to 64 rows of 1 to 32 positions
+    (docs/experiments.md): long rows need a program for each multiprocessor, short ones with many heads half as many.
+    """
     if num_programs >= ALL_PROGRAMS:
-        return num_heads >= ALL_HEADS["short"]
-    return 2 * num_programs >= ALL_PROGRAMS and num_heads >= 2 * ALL_HEADS["short"]
+        return num_heads >= (8192 if num_slots > SHORT_SLOTS else 4096)
+    return num_slots <= SHORT_SLOTS and 2 * num_programs >= ALL_PROGRAMS and num_heads >= 8192
 
 
 def _scratch_bytes(splits: int, num_heads: int, head_dim: int) -> int:

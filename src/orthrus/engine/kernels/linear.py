@@ -161,7 +161,8 @@ ROWS = (16, 32, 64, 128, 256, 512)
 """Up to so many rows run as that many were measured to; more as the last."""
 
 MAX_SPREAD_ROWS = 256
-"""With more rows than this the parts of a sum are not spread over programs: they would take memory, not save time."""
+"""With more rows than this the parts of a sum are not spread over programs: parts are fp32 numbers for all rows, which
+would take too much memory, and rows are work enough."""
 
 SHARED_BYTES = 200 * 1024
 """Shared memory that a program's blocks in flight may take (Hopper has 227 KiB)."""
