@@ -34,6 +34,9 @@ not for all prompts, of which it takes at most 200 tokens each."""
 
 @cache
 def model() -> OrthrusForCausalLM:
+    """In fp32, or in bf16 on a GPU."""
+    if torch.cuda.is_available():
+        return OrthrusForCausalLM.from_pretrained(BUNDLED, dtype=torch.bfloat16).cuda()
     return OrthrusForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32)
 
 
@@ -107,7 +110,7 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING",
-        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
+        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}:{os.environ.get('PYTHONPATH', '')}",
     } | more  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from orthrus.integrations.vllm.attention import ViewAttention, borrow, drop_slots_behind
 from orthrus.integrations.vllm.refusals import check_draft, check_same_backend, check_writes
-from orthrus.integrations.vllm.symbols import DFlashQwen3ForCausalLM, VllmConfig
+from orthrus.integrations.vllm.symbols import DFlashQwen3ForCausalLM, VllmConfig, support_torch_compile
 from orthrus.integrations.vllm.target import OrthrusTarget, find_target
 from orthrus.integrations.vllm.weights import load_view
 
@@ -41,12 +41,13 @@ class ViewLayer(nn.Module):
         return target.mlp(hidden_SD), residual_SD
 
 
+@support_torch_compile
 class View(nn.Module):
-    """The stack of layers in the diffusion view."""
+    """The stack of layers in the diffusion view, compiled as vLLM compiles its own models."""
 
     use_aux_hidden_state = False
 
-    def __init__(self, target: OrthrusTarget, vllm_config: VllmConfig, *, prefix: str):
+    def __init__(self, target: OrthrusTarget, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         num_layers = len(target.model.layers)
         # Numbered on behind the target's layers: vLLM tells layers apart by these names.
@@ -83,7 +84,7 @@ class OrthrusDraft(DFlashQwen3ForCausalLM):
         self.config = self.draft_model_config.hf_config
         check_draft(vllm_config)
         target = find_target(vllm_config)
-        self.model = View(target, vllm_config, prefix=f"{prefix}.model".lstrip("."))
+        self.model = View(target, vllm_config=vllm_config, prefix=f"{prefix}.model".lstrip("."))
         for layer, own in zip(target.model.layers, self.model.layers, strict=True):
             check_same_backend(layer.self_attn.attn.attn_backend, own.self_attn.attn.attn_backend)
             check_writes(own.self_attn.attn)

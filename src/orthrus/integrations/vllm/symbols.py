@@ -1,5 +1,6 @@
 """Every name of vLLM that the model classes rely on; where versions differ, they differ here."""
 
+from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
@@ -20,6 +21,7 @@ __all__ = [
     "call_name",
     "get_forward_context",
     "get_layers_from_vllm_config",
+    "support_torch_compile",
     "unified_attention_with_output",
     "unified_kv_cache_update",
 ]
