@@ -33,7 +33,10 @@ def engine_config(**changes: Any) -> Any:
     """What the plugin reads of vLLM's configuration of an engine."""
     own = json.loads((BUNDLED / "config.json").read_text())
     config = Qwen3Config.from_dict(own | changes.pop("config", {}))
-    model = SimpleNamespace(hf_config=config, model=str(changes.pop("model", BUNDLED)), revision=None)
+    model = SimpleNamespace(
+        hf_config=config, model=str(changes.pop("model", BUNDLED)), revision=None,
+        convert_type=changes.pop("convert", "none"),
+    )  # fmt: skip
     draft = SimpleNamespace(
         hf_config=Qwen3Config.from_dict(own | changes.pop("draft_config", {})),
         model=str(changes.pop("view", BUNDLED)), revision=None,
@@ -70,8 +73,9 @@ def test_bundled_model_is_accepted_and_keeps_its_last_cached_page():
         ({"config": {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"] * 8}},
          "layer_types: sliding_attention layers"),
         ({"config": {"model_type": "orthrus_view"}}, "is a view file"),
-        ({"config": {"model_type": "gemma3"}},
-         "model_type 'gemma3' is not supported by this plugin, only Qwen3, Qwen2, Llama"),
+        ({"config": {"model_type": "gemma3"}}, "model_type 'gemma3' is not supported, only Qwen3, Qwen2, Llama, Mis"),
+        ({"config": {"model_type": "mistral", "llama_4_scaling": {"beta": 1}}}, "llama_4_scaling of a Mistral base is"),
+        ({"convert": "embed"}, "convert=embed is not supported"),
         ({"config": {"attention_bias": True}}, "attention_bias of a Qwen3 base is not supported by vLLM"),
         ({"config": {"model_type": "qwen2", "head_dim": 32}}, "head_dim=32 of a Qwen2 base is not supported by vLLM"),
         ({"config": {"dual_chunk_attention_config": {"chunk_size": 64}}}, "dual_chunk_attention_config is not support"),

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from orthrus.config import OrthrusConfig, check_layers
+from orthrus.model.bases import ROWS
 from orthrus.model.checkpoint import (
     VIEW_MODEL_TYPE,
     LoadedLM,
@@ -59,24 +60,21 @@ def check_files(
     )
 
 
-HOSTED = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama"}
-"""The families whose class in vLLM has a target, by `model_type`."""
-
-
 def check_host(config: Any) -> None:
-    """`ValueError` for a base that the plugin has no target for, or that vLLM's class of its family computes otherwise
-    than its checkpoint means."""
-    if config.model_type not in HOSTED:
-        raise ValueError(
-            f"model_type {config.model_type!r} is not supported by this plugin, only {', '.join(HOSTED.values())}; "
-            "orthrus generate decodes with other bases"
-        )
+    """`ValueError` for a base of no family that carries a view, or one that vLLM's class of its family computes
+    otherwise than transformers' does."""
+    names = {row.model_type: row.name for row in ROWS}
+    if config.model_type not in names:
+        raise ValueError(f"model_type {config.model_type!r} is not supported, only {', '.join(names.values())} bases")
     check_layers(config)
     if getattr(config, "dual_chunk_attention_config", None) is not None:
         raise ValueError(
             "dual_chunk_attention_config is not supported by Orthrus, whose blocks are not cut into chunks as the text "
             "is: take it out of config.json, and the base has full attention"
         )
+    for name in ("llama_4_scaling", "ada_rms_norm_t_cond"):
+        if config.model_type == "mistral" and getattr(config, name, None):
+            raise ValueError(f"{name} of a Mistral base is not supported: vLLM heeds it, transformers does not")
     if config.model_type == "qwen3" and config.attention_bias:
         raise ValueError("attention_bias of a Qwen3 base is not supported by vLLM, whose Qwen3 has no bias in o_proj")
     width = config.hidden_size // config.num_attention_heads
@@ -97,6 +95,8 @@ def check_engine(vllm_config: Any) -> None:
             f"""'{{"architectures": ["OrthrusLM"]}}' --speculative-config with {view} as its model"""
         )
     check_host(config)
+    if (convert := getattr(vllm_config.model_config, "convert_type", "none")) != "none":
+        raise ValueError(f"convert={convert} is not supported by Orthrus, whose models write text")
     if (stages := vllm_config.parallel_config.pipeline_parallel_size) > 1:
         raise ValueError(
             f"pipeline_parallel_size={stages} is not supported by Orthrus: both views share every layer, so a model "

@@ -7,6 +7,7 @@ from vllm.model_executor.layers.attention.attention import unified_attention_wit
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM
@@ -15,6 +16,7 @@ __all__ = [
     "Attention",
     "DFlashQwen3ForCausalLM",
     "LlamaForCausalLM",
+    "MistralForCausalLM",
     "QKVParallelLinear",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",

@@ -11,6 +11,7 @@ from orthrus.integrations.vllm.refusals import check_engine
 from orthrus.integrations.vllm.symbols import (
     Attention,
     LlamaForCausalLM,
+    MistralForCausalLM,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
     VllmConfig,
@@ -55,16 +56,22 @@ class OrthrusLlama(OrthrusTarget, LlamaForCausalLM):
     """vLLM's Llama with a view."""
 
 
-TARGETS: dict[str, type[OrthrusTarget]] = {"qwen3": OrthrusQwen3, "qwen2": OrthrusQwen2, "llama": OrthrusLlama}
-"""By `model_type` of config.json; `refusals.HOSTED` has the same, without vLLM."""
+class OrthrusMistral(OrthrusTarget, MistralForCausalLM):
+    """vLLM's Mistral with a view."""
+
+
+TARGETS: dict[str, type[OrthrusTarget]] = {
+    "qwen3": OrthrusQwen3, "qwen2": OrthrusQwen2, "llama": OrthrusLlama, "mistral": OrthrusMistral,
+}  # fmt: skip
+"""By `model_type` of config.json: one for each row of `model/bases.py`."""
 
 
 class OrthrusOfAnyFamily(OrthrusQwen3):
     """What vLLM knows as OrthrusLM: made for a configuration, it is the target of that base's family.
 
     Merged checkpoints of all families name one architecture, as a stock base does under `--hf-overrides`. vLLM looks
-    its class up by that name alone, and asks the class, not a model, what it can do (pipelines, LoRA, text): the three
-    families answer alike (tests/vllm/test_families.py).
+    its class up by that name alone, and asks the class, not a model, what it can do (pipelines, text): all families
+    answer alike (tests/vllm/test_families.py).
     """
 
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
