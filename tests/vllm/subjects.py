@@ -64,14 +64,21 @@ class Expected:
 
 @cache
 def expected(num_prompts: int, block_size: int, num_new: int = NUM_NEW) -> Expected:
-    """This project's own decoding of the first prompts, row by row.
+    """This project's own decoding of the first prompts with the bundled model."""
+    return decoded(model(), prompts()[:num_prompts], block_size, num_new)
+
+
+def decoded(
+    of: OrthrusForCausalLM, some: tuple[tuple[int, ...], ...], block_size: int, num_new: int = NUM_NEW
+) -> Expected:
+    """This project's own decoding of some prompts by a model, row by row.
 
     vLLM counts what a last cycle accepted before it cuts the text, so rows are decoded a block further than asked.
     """
     stopping = Stopping(max_new_tokens=num_new + block_size, eos_token_ids=frozenset())
-    decoder = Decoder(PortableBackend(model(), exact=False), block_size=block_size)
+    decoder = Decoder(PortableBackend(of, exact=False), block_size=block_size)
     tokens, num_drafts, accepted = [], 0, [0] * (block_size - 1)
-    for ids in prompts()[:num_prompts]:
+    for ids in some:
         new: list[int] = []
         for record in decoder.stream(Request(prompt_ids=ids, stopping=stopping)):
             if new and len(new) < num_new:
@@ -89,10 +96,10 @@ def plain(num_prompts: int, num_new: int = NUM_NEW) -> list[list[int]]:
 
 
 @cache
-def plain_of(some: tuple[tuple[int, ...], ...], num_new: int) -> list[list[int]]:
-    """This project's own text of some prompts without drafting."""
+def plain_of(some: tuple[tuple[int, ...], ...], num_new: int, of: OrthrusForCausalLM | None = None) -> list[list[int]]:
+    """This project's own text of some prompts without drafting, by the bundled model unless another is given."""
     stopping = Stopping(max_new_tokens=num_new, eos_token_ids=frozenset())
-    decoder = Decoder(PortableBackend(model(), exact=False))
+    decoder = Decoder(PortableBackend(of or model(), exact=False))
     requests = [Request(prompt_ids=ids, stopping=stopping, drafting=False) for ids in some]
     return [[token for record in decoder.stream(one) for token in record.token_ids] for one in requests]
 

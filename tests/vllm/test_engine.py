@@ -104,7 +104,7 @@ def test_mended_engine_drafts_as_before(runner: Any):
 @RUNNERS
 def test_view_owns_its_projections_and_no_cache(runner: Any):
     (facts,) = runner()["facts"]
-    assert (facts["target"], facts["draft"]) == ("OrthrusTarget", "OrthrusDraft")
+    assert (facts["target"], facts["draft"]) == ("OrthrusQwen3", "OrthrusDraft")
     assert set(facts["own_leaves"]) == {"qkv_proj", "o_proj", "q_norm", "k_norm", "attn"}
     assert (facts["num_layers"], facts["num_caches"]) == (16, 8)
     assert facts["runner"] == {v1: "vllm.v1.worker.cpu_model_runner", v2: "vllm.v1.worker.cpu.model_runner"}[runner]

@@ -7,7 +7,7 @@ from torch import nn
 
 def drafter(runner: Any) -> Any:
     """The draft's side of the runner: a proposer in V1, a speculator in V2."""
-    return getattr(runner, "drafter", None) or runner.speculator
+    return getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
 
 
 class Worker:
@@ -19,13 +19,14 @@ class Worker:
         """Break the draft in one way, or mend it (None)."""
         from orthrus.integrations.vllm import attention, draft
 
-        assert fault in (None, "write removed", "roll removed", "causal mask"), fault
+        assert fault in (None, "write removed", "roll removed", "causal mask", "query bias dropped"), fault
         block: Any = attention.BlockAttention
         module: Any = draft
         if not hasattr(block, "sound"):
             block.sound = (block.write, module.roll)
         block.write, module.roll = block.sound
         set_causal(self.model_runner, fault == "causal mask")
+        set_query_bias(self.model_runner, fault == "query bias dropped")
         if fault == "write removed":
             block.write = lambda *_: None
         elif fault == "roll removed":
@@ -54,3 +55,15 @@ def set_causal(runner: Any, causal: bool) -> None:
         own.dflash_causal = causal
     elif (own := getattr(runner, "speculator", None)) is not None and isinstance(own.model, nn.Module):
         own._group_causal = dict.fromkeys(own._group_causal, causal)
+
+
+def set_query_bias(runner: Any, dropped: bool) -> None:
+    """Whether the view's queries are without their bias."""
+    view = getattr(drafter(runner), "model", None)
+    for layer in view.model.layers if view is not None else ():
+        attention = layer.self_attn
+        if (bias := attention.qkv_proj.bias) is not None:
+            attention.sound_bias = getattr(attention, "sound_bias", bias.detach().clone())
+            bias.data.copy_(attention.sound_bias)
+            if dropped:
+                bias.data[: attention.q_size] = 0

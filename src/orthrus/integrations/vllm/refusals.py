@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from orthrus.config import OrthrusConfig, check_layers
+from orthrus.model.bases import ROWS
 from orthrus.model.checkpoint import (
     VIEW_MODEL_TYPE,
     LoadedLM,
@@ -59,6 +60,31 @@ def check_files(
     )
 
 
+def check_host(config: Any) -> None:
+    """`ValueError` for a base of no family that carries a view, or one that vLLM's class of its family computes
+    otherwise than transformers' does."""
+    names = {row.model_type: row.name for row in ROWS}
+    if config.model_type not in names:
+        raise ValueError(f"model_type {config.model_type!r} is not supported, only {', '.join(names.values())} bases")
+    check_layers(config)
+    if getattr(config, "dual_chunk_attention_config", None) is not None:
+        raise ValueError(
+            "dual_chunk_attention_config is not supported by Orthrus, whose blocks are not cut into chunks as the text "
+            "is: take it out of config.json, and the base has full attention"
+        )
+    for name in ("llama_4_scaling", "ada_rms_norm_t_cond"):
+        if config.model_type == "mistral" and getattr(config, name, None):
+            raise ValueError(f"{name} of a Mistral base is not supported: vLLM heeds it, transformers does not")
+    if config.model_type == "qwen3" and config.attention_bias:
+        raise ValueError("attention_bias of a Qwen3 base is not supported by vLLM, whose Qwen3 has no bias in o_proj")
+    width = config.hidden_size // config.num_attention_heads
+    if config.model_type == "qwen2" and (head_dim := getattr(config, "head_dim", None)) not in (None, width):
+        raise ValueError(
+            f"head_dim={head_dim} of a Qwen2 base is not supported by vLLM, whose heads are {width} wide there "
+            "(hidden_size / num_attention_heads)"
+        )
+
+
 def check_engine(vllm_config: Any) -> None:
     """`ValueError` naming the option or field of the model that the plugin does not support."""
     config = vllm_config.model_config.hf_config
@@ -68,12 +94,9 @@ def check_engine(vllm_config: Any) -> None:
             f"{view} is a view file, which holds no base to serve: vllm serve {base} --hf-overrides "
             f"""'{{"architectures": ["OrthrusLM"]}}' --speculative-config with {view} as its model"""
         )
-    if config.model_type != "qwen3":
-        raise ValueError(
-            f"model_type {config.model_type!r} is not supported by this plugin yet, only Qwen3; orthrus generate "
-            "decodes with other bases"
-        )
-    check_layers(config)
+    check_host(config)
+    if (convert := getattr(vllm_config.model_config, "convert_type", "none")) != "none":
+        raise ValueError(f"convert={convert} is not supported by Orthrus, whose models write text")
     if (stages := vllm_config.parallel_config.pipeline_parallel_size) > 1:
         raise ValueError(
             f"pipeline_parallel_size={stages} is not supported by Orthrus: both views share every layer, so a model "

@@ -7,13 +7,19 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import unified_attention_with_output, unified_kv_cache_update
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM
 
 __all__ = [
     "Attention",
     "DFlashQwen3ForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
     "QKVParallelLinear",
+    "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
     "RMSNorm",
     "RowParallelLinear",
