@@ -23,7 +23,13 @@ from tests.vllm.test_refusals import VIEW_TENSOR, damaged, view_over_base
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: make vllm-test")
 
-FAULTS = ("write removed", "roll removed", "causal mask")
+FAULTS = {
+    "write removed": "a block's keys and values are not written where it reads",
+    "roll removed": "drafts are sampled from other rows than those which propose them",
+    "causal mask": "a block is masked causally",
+    "other mask token": "a block is filled with token 8183, the view's mask is 8184",
+}
+"""Mistakes that are planted, and what the self-check says of them."""
 PAGE = 128
 """Tokens of a page of vLLM's cache on a CPU."""
 
@@ -88,12 +94,18 @@ def test_text_is_plain_decodings_up_to_the_longest_sequence(env: dict[str, str] 
 @RUNNERS
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_leaves_the_text_and_shows_in_the_accepted_drafts(runner: Any, fault: str):
-    answer = runner()["rounds"][3 + FAULTS.index(fault)]
+    answer = runner()["rounds"][3 + list(FAULTS).index(fault)]
     check_text(answer)
     with pytest.raises(AssertionError, match="the view drafts something else"):
         check_drafts(answer)
     own = expected(len(answer["tokens"]), 32)
     assert answer["counters"]["accepted_tokens"][0] < sum(own.accepted_per_position)
+
+
+@RUNNERS
+def test_self_check_names_each_planted_fault_and_nothing_else(runner: Any):
+    found = [answer["findings"] for answer in runner()["rounds"]]
+    assert found == [[[]], [[]], [[]], *([[sentence]] for sentence in FAULTS.values()), [[]]]
 
 
 @RUNNERS
