@@ -12,16 +12,16 @@ import sys
 from typing import Any
 
 ANSWER = "ANSWER "
-PREFIX = "vllm:spec_decode_num_"
+PREFIXES = ("vllm:spec_decode_num_", "vllm:num_preemption")
 
 
 def counters(llm: Any) -> dict[str, list[int]]:
-    """vLLM's counters of drafting by their short names, as lists."""
+    """vLLM's counters of drafting by their short names, as lists, and of rows that had to leave the cache (num_preemptions)."""
     found = {}
     for metric in llm.get_metrics():
-        if metric.name.startswith(PREFIX):
+        if metric.name.startswith(PREFIXES):
             values = metric.values if hasattr(metric, "values") else [metric.value]
-            found[metric.name.removeprefix(PREFIX)] = [int(value) for value in values]
+            found[metric.name.removeprefix("vllm:").removeprefix("spec_decode_num_")] = [int(value) for value in values]
     return found
 
 

@@ -59,16 +59,21 @@ class Expected:
     accepted_per_position: list[int]
 
 
+def expected(num_prompts: int, block_size: int) -> Expected:
+    """This project's own decoding of the first prompts."""
+    return expected_of(prompts()[:num_prompts], block_size, NUM_NEW)
+
+
 @cache
-def expected(num_prompts: int, block_size: int, num_new: int = NUM_NEW) -> Expected:
-    """This project's own decoding of the first prompts, row by row.
+def expected_of(some: tuple[tuple[int, ...], ...], block_size: int, num_new: int) -> Expected:
+    """This project's own decoding of some prompts, row by row.
 
     vLLM counts what a last cycle accepted before it cuts the text, so rows are decoded a block further than asked.
     """
     stopping = Stopping(max_new_tokens=num_new + block_size, eos_token_ids=frozenset())
     decoder = Decoder(PortableBackend(model(), exact=False), block_size=block_size)
     tokens, num_drafts, accepted = [], 0, [0] * (block_size - 1)
-    for ids in prompts()[:num_prompts]:
+    for ids in some:
         new: list[int] = []
         for record in decoder.stream(Request(prompt_ids=ids, stopping=stopping)):
             if new and len(new) < num_new:

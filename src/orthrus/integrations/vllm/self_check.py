@@ -104,7 +104,7 @@ class SelfCheck:
 def inputs_wrong(input_ids_B: Tensor, positions_B: Tensor, *, mask_token_id: int) -> list[str]:
     """Whether a block is an anchor and masks, one behind the other."""
     wrong = []
-    if others := sorted({int(token) for token in input_ids_B[1:]} - {mask_token_id}):
+    if others := sorted(set(input_ids_B[1:].tolist()) - {mask_token_id}):
         wrong.append(f"a block is filled with token {others[0]}, the view's mask is {mask_token_id}")
     if not bool((positions_B.diff() == 1).all()):
         wrong.append("a block's positions are not consecutive")
