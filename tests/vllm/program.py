@@ -16,7 +16,7 @@ PREFIXES = ("vllm:spec_decode_num_", "vllm:num_preemption")
 
 
 def counters(llm: Any) -> dict[str, list[int]]:
-    """vLLM's counters of drafting by their short names, as lists, and of rows that had to leave the cache (num_preemptions)."""
+    """vLLM's counters of drafting and of preemptions by their short names, as lists."""
     found = {}
     for metric in llm.get_metrics():
         if metric.name.startswith(PREFIXES):
