@@ -62,10 +62,15 @@ class Expected:
     accepted_per_position: list[int]
 
 
+def expected(num_prompts: int, block_size: int) -> Expected:
+    """This project's own decoding of the first prompts."""
+    return expected_of(prompts()[:num_prompts], block_size, NUM_NEW)
+
+
 @cache
-def expected(num_prompts: int, block_size: int, num_new: int = NUM_NEW) -> Expected:
-    """This project's own decoding of the first prompts with the bundled model."""
-    return decoded(model(), prompts()[:num_prompts], block_size, num_new)
+def expected_of(some: tuple[tuple[int, ...], ...], block_size: int, num_new: int) -> Expected:
+    """This project's own decoding of some prompts with the bundled model."""
+    return decoded(model(), some, block_size, num_new)
 
 
 def decoded(

@@ -4,10 +4,18 @@ from typing import Any
 
 from torch import nn
 
+FAULTS = ("write removed", "roll removed", "causal mask", "other mask token", "query bias dropped")
+
 
 def drafter(runner: Any) -> Any:
     """The draft's side of the runner: a proposer in V1, a speculator in V2."""
     return getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+
+
+def draft_of(runner: Any) -> Any:
+    """The model that drafts, or None."""
+    own = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+    return getattr(own, "model", None)
 
 
 class Worker:
@@ -19,7 +27,7 @@ class Worker:
         """Break the draft in one way, or mend it (None)."""
         from orthrus.integrations.vllm import attention, draft
 
-        assert fault in (None, "write removed", "roll removed", "causal mask", "query bias dropped"), fault
+        assert fault in (None, *FAULTS), fault
         block: Any = attention.BlockAttention
         module: Any = draft
         if not hasattr(block, "sound"):
@@ -27,10 +35,20 @@ class Worker:
         block.write, module.roll = block.sound
         set_causal(self.model_runner, fault == "causal mask")
         set_query_bias(self.model_runner, fault == "query bias dropped")
+        if (own := draft_of(self.model_runner)) is not None:
+            drafter(self.model_runner).parallel_drafting_token_id = own.config.mask_token_id - (
+                fault == "other mask token"
+            )
+            own.start_check()
         if fault == "write removed":
             block.write = lambda *_: None
         elif fault == "roll removed":
             module.roll = lambda hidden_SD: hidden_SD
+
+    def findings(self) -> list[str] | None:
+        """What the draft's check of itself found since something was planted; None where there was nothing to see."""
+        own = draft_of(self.model_runner)
+        return own.self_check.findings if own is not None and own.self_check.done else None
 
     def facts(self) -> dict[str, Any]:
         """Whose modules the draft runs, and how many layers have a cache of their own."""

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from orthrus.integrations.vllm.attention import ViewAttention, borrow, drop_slots_behind
 from orthrus.integrations.vllm.refusals import check_draft, check_same_backend, check_writes
-from orthrus.integrations.vllm.symbols import DFlashQwen3ForCausalLM, VllmConfig, support_torch_compile
+from orthrus.integrations.vllm.self_check import SelfCheck
+from orthrus.integrations.vllm.symbols import (
+    DFlashQwen3ForCausalLM,
+    VllmConfig,
+    get_forward_context,
+    support_torch_compile,
+)
 from orthrus.integrations.vllm.target import OrthrusTarget, find_target
 from orthrus.integrations.vllm.weights import load_view
 
@@ -89,6 +95,8 @@ class OrthrusDraft(DFlashQwen3ForCausalLM):
             check_same_backend(layer.self_attn.attn.attn_backend, own.self_attn.attn.attn_backend)
             check_writes(own.self_attn.attn)
         self._num_positions = vllm_config.model_config.max_model_len - 1  # nothing is drafted for the last
+        self._block_size, self._dtype = speculation.num_speculative_tokens + 1, vllm_config.model_config.dtype
+        self.start_check()
         self.draft_id_to_target_id = None
         self.logits_processor = target.logits_processor
         # vLLM gives the draft the target's embedding and head; these say that it has none of its own.
@@ -101,10 +109,27 @@ class OrthrusDraft(DFlashQwen3ForCausalLM):
     def forward(self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
         """Hidden states where vLLM looks for them: row i holds the view's row i - 1. [S, D]."""
         drop_slots_behind(self._num_positions, positions, self.model.layers[0].self_attn.attn)
-        return roll(self.model(input_ids, positions, inputs_embeds))
+        if self.self_check.done:
+            return roll(self.model(input_ids, positions, inputs_embeds))
+        self.self_check.begin(
+            target_layers=[layer.target.self_attn.attn for layer in self.model.layers],
+            view_layers=[layer.self_attn.attn for layer in self.model.layers],
+            context=get_forward_context(), input_ids_S=input_ids, positions_S=positions,
+        )  # fmt: skip
+        hidden_SD = self.model(input_ids, positions, inputs_embeds)
+        self.self_check.ran(hidden_SD)
+        return roll(hidden_SD)
+
+    def start_check(self) -> None:
+        """Look at the next draft pass that has a row's cache, and warn of what is wrong with it."""
+        self.self_check = SelfCheck(
+            mask_token_id=self.config.mask_token_id, block_size=self._block_size, dtype=self._dtype
+        )
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Logits by the target's head."""
+        if not self.self_check.done:
+            self.self_check.sampled(hidden_states)
         return self.logits_processor(self.model.target.lm_head, hidden_states)
 
     def combine_hidden_states(self, hidden_states: Tensor) -> Tensor:
