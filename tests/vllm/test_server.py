@@ -50,7 +50,7 @@ NUM_PROMPTS = 6
 SETTINGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", ENGINE["max_model_len"], "--host", "127.0.0.1")
 ORTHRUS = (sys.executable, "-c", "from orthrus.cli.app import main; main()", "serve", BUNDLED, "--backend", "vllm")
 VLLM = (Path(sys.executable).with_name("vllm"), "serve", BUNDLED)
-STRUCTURE = ("--structured-outputs-config", '{"disable_any_whitespace": true}')
+STRUCTURE = ("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}')
 """Else the model fills its tokens with blanks."""
 TOOL_CALLS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 
