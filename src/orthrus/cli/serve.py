@@ -34,7 +34,10 @@ def serve(
     revision: options.Revision = None,
     block_size: Annotated[
         int | None,
-        typer.Option(metavar="K", help="Positions per cycle, anchor included; the trained number by default."),
+        typer.Option(
+            metavar="K",
+            help="Positions per cycle, anchor included; the trained number by default. vLLM's page size goes behind --.",
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the line and do not run it.")] = False,
 ) -> None:
