@@ -36,7 +36,7 @@ def serve(
         int | None,
         typer.Option(
             metavar="K",
-            help="Positions per cycle, anchor included; the trained number by default. vLLM's page size goes behind --.",
+            help="Positions per cycle, anchor included; the trained number by default; vLLM's own goes behind --.",
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the line and do not run it.")] = False,
