@@ -247,10 +247,17 @@ def test_sampled_text_has_the_base_models_law(tmp_path: Path, method: str):
     folder, prompt = small_checkpoint(tmp_path / "small"), [1, 5, 2, 7, 3]
     sampling = {"temperature": TEMPERATURE, "max_tokens": 3, "ignore_eos": True, "detokenize": False}
     one = {"prompts": [prompt] * NUM_SAMPLED, "sampling": sampling, "fault": None}
-    answer = run(
-        [one], model_name=folder, block_size=4, env=V2, speculation={"draft_sample_method": method}, seed=1,
+    seeded = [
+        {"prompts": [prompt] * rows, "sampling": sampling | {"seed": seed, "max_tokens": 24}, "fault": None}
+        for rows, seed in ((1, 7), (3, 7), (1, 8))
+    ]
+    answer, *seeded = run(
+        [one, *seeded], model_name=folder, block_size=4, env=V2, speculation={"draft_sample_method": method}, seed=1,
         skip_tokenizer_init=True, max_model_len=256,
-    )["rounds"][0]  # fmt: skip
+    )["rounds"]  # fmt: skip
+    alone, together, other = (one["tokens"] for one in seeded)
+    assert together == alone * 3, "a seed repeats a text, whoever decodes beside it"
+    assert other != alone and len(alone[0]) == 24
     num_drafted, num_accepted = answer["counters"]["draft_tokens"][0], answer["counters"]["accepted_tokens"][0]
     assert 0 < num_accepted < num_drafted, "both ways a draft can go must be taken"
     found = Counter(map(tuple, answer["tokens"]))

@@ -143,6 +143,17 @@ def test_damaged_checkpoint_is_named_before_the_engine_starts(tmp_path: Path, ch
         settle(engine_config(view=folder, model=folder))
 
 
+def test_damaged_base_is_named_without_drafting_too(tmp_path: Path):
+    folder = damaged(tmp_path / "damaged", lambda tensors: tensors.pop(BASE_TENSOR))
+    with pytest.raises(ValueError, match=f"lacks 1 tensors: {BASE_TENSOR}"):
+        settle(engine_config(model=folder, drafting=False))
+    settle(engine_config(model=folder, drafting=False, load_format="dummy"))
+    settle(engine_config(model=damaged(tmp_path / "no view", drop_view), drafting=False))
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"quantization_config": {"quant_method": "fp8"}}))
+    settle(engine_config(model=folder, drafting=False))
+
+
 def view_over_base(tmp_path: Path) -> tuple[Path, Path]:
     """The bundled model as a view file and the stock base it belongs to."""
     base = damaged(tmp_path / "base", drop_view)

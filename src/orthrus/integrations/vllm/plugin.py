@@ -52,6 +52,10 @@ def settle_before_start(architecture: str) -> None:
             from orthrus.integrations.vllm.refusals import settle
 
             check_version(vllm.__version__)
-            settle(vllm_config)
+            try:
+                settle(vllm_config)
+            except ValueError as error:
+                # pydantic, which calls this, wraps a ValueError in lines of its own; this way the sentence comes last.
+                raise RuntimeError(str(error)) from None
 
     MODELS_CONFIG_MAP[architecture] = EngineConfig
