@@ -16,7 +16,7 @@ from orthrus.decoding.generate import OrthrusForCausalLM
 from orthrus.decoding.portable import PortableBackend
 from orthrus.decoding.stopping import Stopping
 from orthrus.environment import BUNDLED
-from orthrus.integrations.vllm import speculative_config
+from orthrus.integrations.vllm import BlockSize, speculative_config
 from orthrus.model.checkpoint import load_tokenizer
 from tests.vllm.program import ANSWER
 
@@ -121,7 +121,7 @@ def run(
     *,
     model_name: str | Path = BUNDLED,
     view: str | Path | None = None,
-    block_size: int | None = 32,
+    block_size: BlockSize | None = 32,
     env: dict[str, str] | None = None,
     speculation: dict[str, Any] | None = None,
     **engine: Any,

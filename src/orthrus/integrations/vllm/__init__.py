@@ -11,18 +11,29 @@ Importing this module imports neither torch nor vLLM.
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
+from orthrus.integrations.vllm.block_sizes import BY_ROWS, check_table, ranges_of
 
-def speculative_config(view: str | os.PathLike, *, block_size: int = 32, **options: Any) -> dict[str, Any]:
+BlockSize = int | Mapping[int, int]
+"""Positions of a block, or a table of them by the rows that decode together (`block_sizes.BY_ROWS`)."""
+
+
+def speculative_config(view: str | os.PathLike, *, block_size: BlockSize = BY_ROWS, **options: Any) -> dict[str, Any]:
     """vLLM's `speculative_config` for the checkpoint (or view file) `view`, drafting blocks of `block_size`.
 
     `LLM(model=view, speculative_config=speculative_config(view))`. `options` are vLLM's own fields and win.
-    Raises `ValueError` for a block without drafts.
+    Raises `ValueError` for a block without drafts, or a table that leaves a batch out.
     """
+    by_rows: dict[str, Any] = {}
+    if isinstance(block_size, Mapping):
+        table = check_table(block_size)
+        by_rows = {"num_speculative_tokens_per_batch_size": ranges_of(table)}
+        block_size = max(table.values())
     if block_size < 2:
         raise ValueError(f"block_size must be at least 2 (one anchor, one draft), got {block_size}")
-    return {"method": "dflash", "model": os.fspath(view), "num_speculative_tokens": block_size - 1} | options
+    return {"method": "dflash", "model": os.fspath(view), "num_speculative_tokens": block_size - 1} | by_rows | options
 
 
 def serve_command(
@@ -31,7 +42,7 @@ def serve_command(
     base: str | os.PathLike | None = None,
     revision: str | None = None,
     base_revision: str | None = None,
-    block_size: int = 32,
+    block_size: BlockSize = BY_ROWS,
 ) -> list[str]:
     """The `vllm serve` line for a checkpoint, as a list of words; `arguments` are vLLM's own and go behind it.
 
