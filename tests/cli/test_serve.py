@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from orthrus.cli.serve import find_program
-from orthrus.integrations.vllm import serve_command
+from orthrus.integrations.vllm import serve_command, speculative_config
+from orthrus.integrations.vllm.block_sizes import BY_ROWS, at_most
 from tests.cli.commands import refused, run, run_process
 
 
@@ -18,15 +19,22 @@ def line_of(output: str) -> list[str]:
     return shlex.split(output.splitlines()[-1])
 
 
-def test_line_names_the_checkpoint_twice_and_its_trained_block(model: Path):
+def test_line_names_the_checkpoint_twice_and_no_block_above_its_trained_one(model: Path):
     words = line_of(
         run("serve", model, "--backend", "vllm", "--dry-run", "--tensor-parallel-size", 2, "--port=9").stdout
     )
     assert words[:4] == ["vllm", "serve", str(model), "--speculative-config"]
-    assert json.loads(words[4]) == {"method": "dflash", "model": str(model), "num_speculative_tokens": 7}
+    assert json.loads(words[4]) == speculative_config(model, block_size=at_most(BY_ROWS, 8))
+    assert json.loads(words[4])["num_speculative_tokens"] == 7
     assert words[5:] == ["--tensor-parallel-size", "2", "--port=9"]
-    words = line_of(run("serve", model, "--backend", "vllm", "--dry-run", "--block-size", 4).stdout)
-    assert json.loads(words[-1])["num_speculative_tokens"] == 3
+
+
+def test_block_size_is_a_number_or_a_table_by_rows(model: Path):
+    for option, block_size in (("4", 4), ("1:8,5:2,9:1", {1: 8, 5: 2, 9: 1})):
+        words = line_of(run("serve", model, "--backend", "vllm", "--dry-run", "--block-size", option).stdout)
+        assert json.loads(words[-1]) == speculative_config(model, block_size=block_size)
+    for wrong, sentence in (("wide", "give a number of positions, auto, or a table"), ("1:9,4:2", "at most that")):
+        assert sentence in refused("serve", model, "--backend", "vllm", "--dry-run", "--block-size", wrong)
 
 
 def test_line_of_a_view_file_serves_its_base(view: Path, base: Path):

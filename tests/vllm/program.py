@@ -3,7 +3,9 @@ behind `ANSWER`.
 
 A plan is {"engine": keywords of vllm.LLM, "rounds": [{"prompts", "sampling", "fault"}, ..]}; a round's answer has the
 text of each prompt as token ids, how much of its prompt came from the prefix cache, and what the round added to vLLM's
-counters of drafting. "fault" names a mistake of `tests.vllm.worker` that is planted in the running engine.
+counters of drafting. "fault" names a mistake of `tests.vllm.worker` that is planted in the running engine. A round with
+"arrivals" and "lengths" has its prompts come after so many steps and leave after so many tokens; its answer has the
+steps of the worker, too.
 """
 
 import json
@@ -31,10 +33,17 @@ def run_round(llm: Any, plan: dict[str, Any]) -> dict[str, Any]:
     before = counters(llm)
     llm.collective_rpc("plant", args=(plan.get("fault"),))
     prompts = [{"prompt_token_ids": ids} for ids in plan["prompts"]]
-    outputs = llm.generate(prompts, SamplingParams(**plan["sampling"]), use_tqdm=False)
+    steps = None
+    if "arrivals" in plan:
+        llm.collective_rpc("record")
+        outputs = run_steps(llm, prompts, plan)
+        steps = llm.collective_rpc("recorded")[0]
+    else:
+        outputs = llm.generate(prompts, SamplingParams(**plan["sampling"]), use_tqdm=False)
     llm.collective_rpc("plant", args=(None,))
     after = counters(llm)
     return {
+        "steps": steps,
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "cached": [output.num_cached_tokens or 0 for output in outputs],
         "counters": {
@@ -42,6 +51,23 @@ def run_round(llm: Any, plan: dict[str, Any]) -> dict[str, Any]:
             for name, values in after.items()
         },
     }
+
+
+def run_steps(llm: Any, prompts: list[dict[str, Any]], plan: dict[str, Any]) -> list[Any]:
+    """Decode prompts that come and go, each at its own time."""
+    from vllm import SamplingParams
+
+    engine, finished, num_steps = llm.llm_engine, {}, 0
+    waiting = list(enumerate(zip(prompts, plan["arrivals"], plan["lengths"], strict=True)))
+    while waiting or engine.has_unfinished_requests():
+        for i, (prompt, arrival, length) in list(waiting):
+            if arrival <= num_steps:
+                sampling = SamplingParams(**plan["sampling"] | {"max_tokens": length})
+                engine.add_request(f"row-{i}", prompt, sampling)
+                waiting.remove((i, (prompt, arrival, length)))
+        finished |= {output.request_id: output for output in engine.step() if output.finished}
+        num_steps += 1
+    return [finished[f"row-{i}"] for i in range(len(prompts))]
 
 
 def main() -> None:
