@@ -5,7 +5,8 @@ A plan is {"engine": keywords of vllm.LLM, "rounds": [{"prompts", "sampling", "f
 text of each prompt as token ids, how much of its prompt came from the prefix cache, and what the round added to vLLM's
 counters of drafting. "fault" names a mistake of `tests.vllm.worker` that is planted in the running engine. A round with
 "arrivals" and "lengths" has its prompts come after so many steps and leave after so many tokens; its answer has the
-steps of the worker, too.
+steps of the worker, too. "asynchronous" has the next step scheduled before this one is over, which vLLM does on a GPU
+and turns off on a CPU.
 """
 
 import json
@@ -70,11 +71,27 @@ def run_steps(llm: Any, prompts: list[dict[str, Any]], plan: dict[str, Any]) -> 
     return [finished[f"row-{i}"] for i in range(len(prompts))]
 
 
+def keep_asynchronous() -> None:
+    """Undo what vLLM decides for a CPU alone."""
+    from vllm.platforms import current_platform
+
+    platform: Any = type(current_platform)
+    decide = platform.check_and_update_config
+
+    def check_and_update_config(config: Any) -> None:
+        decide(config)
+        config.scheduler_config.async_scheduling = True
+
+    platform.check_and_update_config = staticmethod(check_and_update_config)
+
+
 def main() -> None:
     """Read the plan, run it, print what came of it."""
     from vllm import LLM
 
     plan = json.load(sys.stdin)
+    if plan.get("asynchronous"):
+        keep_asynchronous()
     llm = LLM(worker_extension_cls="tests.vllm.worker.Worker", disable_log_stats=False, **plan["engine"])
     rounds = [run_round(llm, one) for one in plan["rounds"]]
     facts = llm.collective_rpc("facts") if plan["engine"].get("speculative_config") else None

@@ -4,9 +4,11 @@ project's own decoder does at the block size that the table names for its rows.
 An engine takes half a minute to start, so each answers for several tests. `make vllm-test` has what they need.
 """
 
+from collections import Counter
 from functools import cache
 from importlib.util import find_spec
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ import pytest
 from orthrus.decoding.decoder import Decoder, Request
 from orthrus.decoding.portable import PortableBackend
 from orthrus.decoding.stopping import Stopping
-from tests.vllm.subjects import ENGINE, GREEDY, V2, model, plain_of, prompts, run
+from tests.vllm.subjects import GREEDY, V2, model, plain_of, prompts, run
+from tests.vllm.test_engine import NUM_SAMPLED, TEMPERATURE, chi_squared, law_of_three, small_checkpoint
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: make vllm-test")
 
@@ -28,11 +31,12 @@ SHORT = tuple(ids for ids in prompts() if len(ids) < 100)[: len(ARRIVALS)]
 @cache
 def answer(runner: str) -> dict[str, Any]:
     one = {"prompts": SHORT, "sampling": GREEDY, "fault": None, "arrivals": ARRIVALS, "lengths": LENGTHS}
-    env = {"V1": None, "V2": V2}[runner]
-    return run([one], env=env, block_size=TABLE, **ENGINE | {"max_num_batched_tokens": 1000})["rounds"][0]
+    version, _, scheduling = runner.partition(" ")
+    env = {"V1": None, "V2": V2}[version]
+    return run([one], env=env, block_size=TABLE, asynchronous=scheduling == "asynchronous")["rounds"][0]
 
 
-RUNNERS = pytest.mark.parametrize("runner", ["V1", "V2"])
+RUNNERS = pytest.mark.parametrize("runner", ["V1", "V2", "V1 asynchronous", "V2 asynchronous"])
 
 
 def block_size(num_rows: int) -> int:
@@ -103,3 +107,18 @@ def test_drafts_and_accepted_drafts_are_this_projects_own_at_each_block_size(run
     counters = answer(runner)["counters"]
     assert counters["accepted_tokens_per_pos"] == kept, "the view drafts something else"
     assert (counters["drafts"], counters["draft_tokens"]) == ([num_drafts], [num_tokens])
+
+
+def test_sampled_text_has_the_base_models_law_in_a_narrower_block(tmp_path: Path):
+    """The law of a draft is kept by row and position, and looked up where it was drawn: the width is in both."""
+    folder, prompt = small_checkpoint(tmp_path / "small"), [1, 5, 2, 7, 3]
+    sampling = {"temperature": TEMPERATURE, "max_tokens": 3, "ignore_eos": True, "detokenize": False}
+    one = {"prompts": [prompt] * NUM_SAMPLED, "sampling": sampling, "fault": None}
+    answer = run(
+        [one], model_name=folder, block_size={1: 8, 2: 3}, env=V2, asynchronous=True, seed=1,
+        speculation={"draft_sample_method": "probabilistic"}, skip_tokenizer_init=True, max_model_len=256,
+    )["rounds"][0]  # fmt: skip
+    (num_drafts,), (num_tokens,) = answer["counters"]["drafts"], answer["counters"]["draft_tokens"]
+    assert num_tokens == 2 * num_drafts and 0 < answer["counters"]["accepted_tokens"][0] < num_tokens
+    statistic, freedom = chi_squared(Counter(map(tuple, answer["tokens"])), law_of_three(folder, prompt))
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5

@@ -36,7 +36,7 @@ def read_block_sizes(text: str) -> int | Mapping[int, int]:
         table = {rows: size for rows, size in pairs}
     except ValueError as error:
         raise ValueError(
-            f"--block-size {text}: give a number of positions, auto, or a table of rows:positions such as 1:32,8:16,64:1"
+            f"--block-size {text}: give a number of positions, auto, or a table by rows such as 1:32,8:16,64:1"
         ) from error
     if len(table) < len(pairs):
         raise ValueError(f"--block-size {text}: a number of rows stands twice in the table")
