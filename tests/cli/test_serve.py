@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from orthrus.cli.serve import find_program
-from orthrus.integrations.vllm import serve_command
+from orthrus.integrations.vllm import serve_command, speculative_config
+from orthrus.integrations.vllm.block_sizes import BY_ROWS, at_most
 from tests.cli.commands import refused, run, run_process
 
 
@@ -18,15 +19,22 @@ def line_of(output: str) -> list[str]:
     return shlex.split(output.splitlines()[-1])
 
 
-def test_line_names_the_checkpoint_twice_and_its_trained_block(model: Path):
+def test_line_names_the_checkpoint_twice_and_no_block_above_its_trained_one(model: Path):
     words = line_of(
         run("serve", model, "--backend", "vllm", "--dry-run", "--tensor-parallel-size", 2, "--port=9").stdout
     )
     assert words[:4] == ["vllm", "serve", str(model), "--speculative-config"]
-    assert json.loads(words[4]) == {"method": "dflash", "model": str(model), "num_speculative_tokens": 7}
-    assert words[5:] == ["--tensor-parallel-size", "2", "--port=9"]
-    words = line_of(run("serve", model, "--backend", "vllm", "--dry-run", "--block-size", 4).stdout)
-    assert json.loads(words[-1])["num_speculative_tokens"] == 3
+    assert json.loads(words[4]) == speculative_config(model, block_size=at_most(BY_ROWS, 8))
+    assert json.loads(words[4])["num_speculative_tokens"] == 7
+    assert words[-3:] == ["--tensor-parallel-size", "2", "--port=9"]
+
+
+def test_block_size_is_a_number_or_a_table_by_rows(model: Path):
+    for option, block_size in (("4", 4), ("1:8,5:2,9:1", {1: 8, 5: 2, 9: 1})):
+        words = line_of(run("serve", model, "--backend", "vllm", "--dry-run", "--block-size", option).stdout)
+        assert json.loads(words[4]) == speculative_config(model, block_size=block_size)
+    for wrong, sentence in (("wide", "give a number of positions, auto, or a table"), ("1:9,4:2", "at most that")):
+        assert sentence in refused("serve", model, "--backend", "vllm", "--dry-run", "--block-size", wrong)
 
 
 def test_words_behind_two_dashes_are_vllms(model: Path):
@@ -68,6 +76,22 @@ def test_line_of_a_view_file_serves_its_base(view: Path, base: Path):
         assert json.loads(words[words.index("--speculative-config") + 1])["model"] == str(view)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "room"),
+    [
+        ([], ["--max-num-seqs", "256", "--max-num-batched-tokens", "16128"]),
+        (["--port", "9", "--max-num-seqs", "64"], ["--max-num-batched-tokens", "10176"]),
+        (["--max_num_seqs=64"], ["--max-num-batched-tokens", "10176"]),
+        (["--max-num-batched-tokens=9000"], ["--max-num-seqs", "256"]),
+        (["--max-num-seqs", "8", "--max-num-batched-tokens", "900"], []),
+        (["--config", "own.yaml"], []),
+    ],
+)
+def test_line_leaves_room_for_the_drafts_of_all_rows_unless_it_says_itself(arguments: list[str], room: list[str]):
+    words = serve_command("MODEL", *arguments, block_size=32)
+    assert words[5:] == [*room, *arguments]
+
+
 def test_what_vllm_would_refuse_is_one_line(model: Path, view: Path, base: Path):
     assert "at most that" in refused("serve", model, "--backend", "vllm", "--dry-run", "--block-size", 9)
     assert "block_size must be at least 2" in refused("serve", model, "--backend", "vllm", "--block-size", 1)
@@ -88,7 +112,8 @@ def test_revisions_go_to_whom_they_belong():
     assert words[words.index("--revision") + 1] == "b2"
     assert json.loads(words[words.index("--speculative-config") + 1])["revision"] == "v1"
     words = serve_command("MODEL", revision="v1")
-    assert words[words.index("--revision") + 1] == json.loads(words[-1])["revision"] == "v1"
+    assert words[words.index("--revision") + 1] == "v1"
+    assert json.loads(words[words.index("--speculative-config") + 1])["revision"] == "v1"
 
 
 @pytest.mark.skipif((Path(sys.executable).parent / "vllm").is_file(), reason="this environment's own vllm comes first")

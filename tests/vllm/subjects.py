@@ -16,7 +16,7 @@ from orthrus.decoding.generate import OrthrusForCausalLM
 from orthrus.decoding.portable import PortableBackend
 from orthrus.decoding.stopping import Stopping
 from orthrus.environment import BUNDLED
-from orthrus.integrations.vllm import speculative_config
+from orthrus.integrations.vllm import BlockSize, speculative_config
 from orthrus.model.checkpoint import load_tokenizer
 from tests.vllm.program import ANSWER
 
@@ -136,19 +136,22 @@ def run(
     *,
     model_name: str | Path = BUNDLED,
     view: str | Path | None = None,
-    block_size: int | None = 32,
+    block_size: BlockSize | None = 32,
     env: dict[str, str] | None = None,
     speculation: dict[str, Any] | None = None,
+    asynchronous: bool = False,
     **engine: Any,
 ) -> dict[str, Any]:
     """Run rounds on one engine; `block_size` None is plain decoding. Fails with the engine's own last words."""
     speculative = None
     if block_size is not None:
         speculative = speculative_config(view or model_name, block_size=block_size, **(speculation or {}))
+    if asynchronous:
+        env = (env or {}) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # other processes would not hear of it
     settings = ENGINE | {"model": str(model_name), "speculative_config": speculative} | engine
     done = subprocess.run(
         [sys.executable, "-m", "tests.vllm.program"],
-        input=json.dumps({"engine": settings, "rounds": rounds}),
+        input=json.dumps({"engine": settings, "rounds": rounds, "asynchronous": asynchronous}),
         capture_output=True, text=True, cwd=ROOT, env=environment(**(env or {})), timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, f"the engine failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"

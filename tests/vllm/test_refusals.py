@@ -2,8 +2,9 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from orthrus.integrations.vllm.refusals import (
     check_draft,
     check_engine,
     check_files,
+    check_load,
     check_same_backend,
     check_writes,
     settle,
@@ -44,6 +46,7 @@ def engine_config(**changes: Any) -> Any:
     speculation = SimpleNamespace(
         method="dflash", num_speculative_tokens=changes.pop("width", 31), draft_model_config=draft,
         disable_eagle_block_drop=False, kv_cache_dtype=changes.pop("draft_cache_dtype", None),
+        num_speculative_tokens_per_batch_size=changes.pop("table", None),
     )  # fmt: skip
     return SimpleNamespace(
         model_config=model, speculative_config=speculation if changes.pop("drafting", True) else None,
@@ -55,7 +58,8 @@ def engine_config(**changes: Any) -> Any:
         load_config=SimpleNamespace(
             load_format=changes.pop("load_format", "auto"), download_dir=changes.pop("place", None)
         ),
-        lora_config=changes.pop("lora", None), **changes,
+        scheduler_config=SimpleNamespace(async_scheduling=changes.pop("asynchronous", None)),
+        lora_config=changes.pop("lora", None), use_v2_model_runner=changes.pop("v2", False), **changes,
     )  # fmt: skip
 
 
@@ -218,6 +222,23 @@ def test_view_of_a_base_that_carries_none_is_named(tmp_path: Path):
         ViewConfig.from_dict({"block_size": 8}, name_or_path="v")
 
 
+def test_block_sizes_by_load_are_refused_where_the_scheduler_would_forget_them(monkeypatch: pytest.MonkeyPatch):
+    """Of vLLM's V2 runner the check asks one question, which older versions answer with no."""
+    speculator: Any = ModuleType("speculator")
+    monkeypatch.setitem(sys.modules, "orthrus.integrations.vllm.speculator", speculator)
+    told: dict[str, Any] = {"table": [[1, 7, 31], [8, 9, 15]], "v2": True}
+    for is_new in (True, False):
+        speculator.verifies_what_is_drafted = lambda is_asynchronous, is_new=is_new: is_asynchronous or is_new
+        for changes in ({"v2": False}, {"table": None}, {"asynchronous": True}, {"asynchronous": None}):
+            settle(engine_config(**{"asynchronous": False} | told | changes))
+        if is_new:
+            settle(engine_config(asynchronous=False, **told))
+            continue
+        for check in (settle, check_load):
+            with pytest.raises(ValueError, match="_per_batch_size needs asynchronous scheduling under this vLLM's V2"):
+                check(engine_config(asynchronous=False, **told))
+
+
 def test_two_attention_backends_over_one_cache_are_refused():
     one, other = (SimpleNamespace(get_name=lambda name=name: name) for name in ("FLASH_ATTN", "FLASHINFER"))
     check_same_backend(one, one)
@@ -254,8 +275,8 @@ def test_old_versions_are_refused_and_unknown_ones_warned_of(caplog: pytest.LogC
 def test_configuration_and_command_say_the_same():
     assert speculative_config("m", block_size=8) == {"method": "dflash", "model": "m", "num_speculative_tokens": 7}
     assert speculative_config("m", draft_sample_method="probabilistic")["draft_sample_method"] == "probabilistic"
-    *head, text, last = serve_command("m", "--port=1", block_size=8)
-    assert head == ["vllm", "serve", "m", "--speculative-config"] and last == "--port=1"
+    *head, text, last = serve_command("m", "--config=own.yaml", block_size=8)
+    assert head == ["vllm", "serve", "m", "--speculative-config"] and last == "--config=own.yaml"
     assert json.loads(text) == speculative_config("m", block_size=8)
     with pytest.raises(ValueError, match="at least 2"):
         speculative_config("m", block_size=1)

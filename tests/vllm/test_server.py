@@ -47,7 +47,10 @@ TEMPLATE = (
 )
 """The bundled model has no chat template."""
 NUM_PROMPTS = 6
-SETTINGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", ENGINE["max_model_len"], "--host", "127.0.0.1")
+SETTINGS = (
+    "--dtype", "float32", "--enforce-eager", "--max-model-len", ENGINE["max_model_len"], "--host", "127.0.0.1",
+    "--max-num-seqs", ENGINE["max_num_seqs"], "--max-num-batched-tokens", ENGINE["max_num_batched_tokens"],
+)  # fmt: skip
 ORTHRUS = (sys.executable, "-c", "from orthrus.cli.app import main; main()", "serve", BUNDLED, "--backend", "vllm")
 VLLM = (Path(sys.executable).with_name("vllm"), "serve", BUNDLED)
 STRUCTURE = ("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}')

@@ -22,6 +22,33 @@ class Worker:
     """A `worker_extension_cls`: vLLM gives its worker these methods."""
 
     model_runner: Any
+    steps: list[dict[str, Any]]
+
+    def record(self) -> None:
+        """Note each step's rows with the drafts that it verifies of them, and the positions of its draft passes."""
+        from orthrus.integrations.vllm import draft
+
+        view: Any = draft.View
+        self.steps, execute, forward = [], self.model_runner.execute_model, view.forward
+
+        def execute_model(output: Any, *arguments: Any, **options: Any) -> Any:
+            drafts = output.scheduled_spec_decode_tokens
+            if output.num_scheduled_tokens:
+                rows = {name: len(drafts.get(name, ())) for name in output.num_scheduled_tokens}
+                self.steps.append({"rows": rows, "drafted": []})
+            return execute(output, *arguments, **options)
+
+        def recorded(own: Any, ids: Any, *arguments: Any) -> Any:
+            self.steps[-1]["drafted"].append(len(ids))
+            return forward(own, ids, *arguments)
+
+        self.model_runner.execute_model, view.forward = execute_model, recorded
+        self.mend = lambda: (setattr(view, "forward", forward), delattr(self.model_runner, "execute_model"))
+
+    def recorded(self) -> list[dict[str, Any]]:
+        """What was noted; nothing is from here on."""
+        self.mend()
+        return self.steps
 
     def plant(self, fault: str | None) -> None:
         """Break the draft in one way, or mend it (None)."""

@@ -49,4 +49,4 @@ def export(
     if reader is not None and not as_json:
         from orthrus.cli.serve import vllm_line
 
-        print(shlex.join(vllm_line(str(folder), base=None, revision=None, block_size=None, arguments=[])))
+        print(shlex.join(vllm_line(str(folder), base=None, revision=None, block_size="auto", arguments=[])))

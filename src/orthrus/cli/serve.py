@@ -33,12 +33,14 @@ def serve(
     base: options.Base = None,
     revision: options.Revision = None,
     block_size: Annotated[
-        int | None,
+        str,
         typer.Option(
-            metavar="K",
-            help="Positions per cycle, anchor included; the trained number by default; vLLM's own goes behind --.",
+            metavar="K|auto|TABLE",
+            help="Positions per cycle, anchor included: a number, auto (fewer the more rows decode together), or a "
+            "table such as 1:32,8:16,64:1 (from so many rows on, so many; 1 drafts nothing). vLLM's own goes "
+            "behind --.",
         ),
-    ] = None,
+    ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the line and do not run it.")] = False,
 ) -> None:
     """Serve a checkpoint; options behind MODEL that are not listed here, and all behind --, go to vllm serve."""
@@ -75,7 +77,7 @@ def checked_options(arguments: list[str]) -> dict[str, Any]:
 
 
 def vllm_line(
-    model: str, *, base: str | None, revision: str | None, block_size: int | None, arguments: list[str]
+    model: str, *, base: str | None, revision: str | None, block_size: str, arguments: list[str]
 ) -> list[str]:
     """The line that serves a checkpoint; `ValueError` for what vLLM would refuse in it, in fewer words."""
     from orthrus.cli.session import quiet
@@ -83,8 +85,10 @@ def vllm_line(
 
     quiet()
     # By name, as nothing imports an integration.
-    integration, refusals = (import_module(f"orthrus.integrations.{name}") for name in ("vllm", "vllm.refusals"))
+    names = ("vllm", "vllm.refusals", "vllm.block_sizes")
+    integration, refusals, block_sizes = (import_module(f"orthrus.integrations.{name}") for name in names)
     refusals.check_options(is_drafting=True, **checked_options(arguments))
+    wanted = block_sizes.read_block_sizes(block_size)
     checkpoint = read_checkpoint(model, revision=revision)
     base_revision = None
     if checkpoint.form == "view" and base is None and (named := checkpoint.base_name()) is not None:
@@ -92,11 +96,12 @@ def vllm_line(
         base_revision = named.revision
     refusals.check_files(model, base or model, revision=revision, target_revision=base_revision if base else revision)
     trained = checkpoint.config["block_size"]
-    block_size = trained if block_size is None else block_size
-    if block_size > trained:
-        raise ValueError(f"--block-size {block_size}: the view was trained with blocks of {trained}, so at most that")
+    if block_size == "auto":
+        wanted = block_sizes.at_most(wanted, trained)
+    if (widest := wanted if isinstance(wanted, int) else max(wanted.values())) > trained:
+        raise ValueError(f"--block-size {widest}: the view was trained with blocks of {trained}, so at most that")
     return integration.serve_command(
-        model, *arguments, base=base, revision=revision, base_revision=base_revision, block_size=block_size
+        model, *arguments, base=base, revision=revision, base_revision=base_revision, block_size=wanted
     )
 
 

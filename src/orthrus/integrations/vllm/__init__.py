@@ -11,18 +11,34 @@ Importing this module imports neither torch nor vLLM.
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from orthrus.integrations.vllm.block_sizes import BY_ROWS, check_table, ranges_of
 
-def speculative_config(view: str | os.PathLike, *, block_size: int = 32, **options: Any) -> dict[str, Any]:
+BlockSize = int | Mapping[int, int]
+"""Positions of a block, or a table of them by the rows that decode together (`block_sizes.BY_ROWS`)."""
+
+NUM_ROWS = 256
+"""Rows that may decode together."""
+PROMPT_POSITIONS = 8192
+"""Positions of a step beside the drafts of all rows: vLLM's own number for a server, and it warns below it."""
+
+
+def speculative_config(view: str | os.PathLike, *, block_size: BlockSize = BY_ROWS, **options: Any) -> dict[str, Any]:
     """vLLM's `speculative_config` for the checkpoint (or view file) `view`, drafting blocks of `block_size`.
 
     `LLM(model=view, speculative_config=speculative_config(view))`. `options` are vLLM's own fields and win.
-    Raises `ValueError` for a block without drafts.
+    Raises `ValueError` for a block without drafts, or a table that leaves a batch out.
     """
+    by_rows: dict[str, Any] = {}
+    if isinstance(block_size, Mapping):
+        table = check_table(block_size)
+        by_rows = {"num_speculative_tokens_per_batch_size": ranges_of(table)}
+        block_size = max(table.values())
     if block_size < 2:
         raise ValueError(f"block_size must be at least 2 (one anchor, one draft), got {block_size}")
-    return {"method": "dflash", "model": os.fspath(view), "num_speculative_tokens": block_size - 1} | options
+    return {"method": "dflash", "model": os.fspath(view), "num_speculative_tokens": block_size - 1} | by_rows | options
 
 
 def serve_command(
@@ -31,7 +47,7 @@ def serve_command(
     base: str | os.PathLike | None = None,
     revision: str | None = None,
     base_revision: str | None = None,
-    block_size: int = 32,
+    block_size: BlockSize = BY_ROWS,
 ) -> list[str]:
     """The `vllm serve` line for a checkpoint, as a list of words; `arguments` are vLLM's own and go behind it.
 
@@ -45,4 +61,32 @@ def serve_command(
         head += ["--hf-overrides", json.dumps({"architectures": ["OrthrusLM"]})]
     if (of_target := revision if base is None else base_revision) is not None:
         head += ["--revision", of_target]
-    return [*head, "--speculative-config", speculation, *arguments]
+    room = room_for_drafts(arguments, json.loads(speculation)["num_speculative_tokens"])
+    return [*head, "--speculative-config", speculation, *room, *arguments]
+
+
+def room_for_drafts(arguments: Sequence[str], num_drafts: int) -> list[str]:
+    """How many rows and positions a step has where `arguments` do not say, or name a file that may.
+
+    vLLM keeps the widest block of every row that could decode out of a step's positions. With its own numbers for a
+    GPU (1,024 rows, 8,192 positions) nothing is left of them and it does not start.
+    """
+    rows, positions, file = (
+        given_option(arguments, name) for name in ("max-num-seqs", "max-num-batched-tokens", "config")
+    )
+    if file is not None:
+        return []
+    room = [] if rows is not None else ["--max-num-seqs", str(NUM_ROWS)]
+    num_rows = str(NUM_ROWS) if rows is None else rows
+    if positions is None and num_rows.isdecimal():  # vLLM says what is wrong with another
+        room += ["--max-num-batched-tokens", str(PROMPT_POSITIONS + int(num_rows) * num_drafts)]
+    return room
+
+
+def given_option(arguments: Sequence[str], name: str) -> str | None:
+    """The value of an option among a command's words, "" where it is the last of them; None where it is not given."""
+    for index, word in enumerate(arguments):
+        option, equals, value = word.partition("=")
+        if option.startswith("--") and option[2:].replace("_", "-") == name:
+            return value if equals else "".join(arguments[index + 1 : index + 2])
+    return None

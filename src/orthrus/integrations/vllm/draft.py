@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from orthrus.integrations.vllm.attention import ViewAttention, borrow, drop_slots_behind
-from orthrus.integrations.vllm.refusals import check_draft, check_same_backend, check_writes
+from orthrus.integrations.vllm.refusals import check_draft, check_load, check_same_backend, check_writes
 from orthrus.integrations.vllm.self_check import SelfCheck
 from orthrus.integrations.vllm.symbols import (
     DFlashQwen3ForCausalLM,
     VllmConfig,
     get_forward_context,
+    longest_query,
     support_torch_compile,
 )
 from orthrus.integrations.vllm.target import OrthrusTarget, find_target
@@ -97,6 +98,12 @@ class OrthrusDraft(DFlashQwen3ForCausalLM):
         self._num_positions = vllm_config.model_config.max_model_len - 1  # nothing is drafted for the last
         self._block_size, self._dtype = speculation.num_speculative_tokens + 1, vllm_config.model_config.dtype
         self.start_check()
+        self.varies_width = bool(speculation.num_speculative_tokens_per_batch_size)
+        check_load(vllm_config)
+        if self.varies_width and vllm_config.use_v2_model_runner:
+            from orthrus.integrations.vllm.speculator import follow_table  # the V1 runner has no need of its imports
+
+            follow_table()
         self.draft_id_to_target_id = None
         self.logits_processor = target.logits_processor
         # vLLM gives the draft the target's embedding and head; these say that it has none of its own.
@@ -108,7 +115,10 @@ class OrthrusDraft(DFlashQwen3ForCausalLM):
 
     def forward(self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
         """Hidden states where vLLM looks for them: row i holds the view's row i - 1. [S, D]."""
-        drop_slots_behind(self._num_positions, positions, self.model.layers[0].self_attn.attn)
+        first = self.model.layers[0].self_attn.attn
+        if longest_query(first) == 1:  # anchors alone: vLLM's V1 runner runs this pass at width 0, and reads none of it
+            return self.model.target.lm_head.weight.new_zeros(len(input_ids), 1)
+        drop_slots_behind(self._num_positions, positions, first)
         if self.self_check.done:
             return roll(self.model(input_ids, positions, inputs_embeds))
         self.self_check.begin(

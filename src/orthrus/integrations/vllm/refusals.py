@@ -33,6 +33,8 @@ def settle(vllm_config: Any) -> None:
             check_base(target.model, revision=target.revision)
         return
     check_draft(vllm_config)
+    if vllm_config.scheduler_config.async_scheduling is False:  # None: vLLM has yet to decide
+        check_load(vllm_config)
     if has_files:
         draft = speculation.draft_model_config
         check_files(draft.model, target.model, revision=draft.revision, target_revision=target.revision)
@@ -182,6 +184,19 @@ def check_draft(vllm_config: Any) -> None:
         raise ValueError(
             f"num_speculative_tokens={width} is too many: the view was trained with blocks of {config.block_size}, "
             f"the anchor included, so it drafts at most {config.block_size - 1}"
+        )
+
+
+def check_load(vllm_config: Any) -> None:
+    """`ValueError` for block sizes by load that this vLLM's V2 runner and its scheduler would not agree about."""
+    if not (vllm_config.speculative_config.num_speculative_tokens_per_batch_size and vllm_config.use_v2_model_runner):
+        return
+    from orthrus.integrations.vllm.speculator import verifies_what_is_drafted
+
+    if not verifies_what_is_drafted(bool(vllm_config.scheduler_config.async_scheduling)):
+        raise ValueError(
+            "num_speculative_tokens_per_batch_size needs asynchronous scheduling under this vLLM's V2 runner: turn it "
+            "on, or give one number of speculative tokens"
         )
 
 

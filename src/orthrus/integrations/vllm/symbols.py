@@ -27,6 +27,7 @@ __all__ = [
     "call_name",
     "get_forward_context",
     "get_layers_from_vllm_config",
+    "longest_query",
     "support_torch_compile",
     "unified_attention_with_output",
     "unified_kv_cache_update",
@@ -41,3 +42,10 @@ def call_name(layer: Attention) -> object:
     except ImportError:
         return layer.layer_name
     return _encode_layer_name(layer.layer_name)
+
+
+def longest_query(layer: Attention) -> int | None:
+    """Positions of the pass's longest row as a layer's backend is told; None in a dummy pass and where it is not."""
+    metadata = get_forward_context().attn_metadata
+    own = metadata.get(layer.layer_name) if isinstance(metadata, dict) else None
+    return getattr(own, "max_query_len", None)
