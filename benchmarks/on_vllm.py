@@ -19,6 +19,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -27,8 +28,9 @@ import torch
 from benchmarks.cycle import survival
 from benchmarks.gpu import MODELS
 
-from orthrus.evaluation.records import ResultRecord, here_and_now, to_json
+from orthrus.evaluation.records import Origin, ResultRecord, here_and_now, to_json
 from orthrus.integrations.vllm import speculative_config
+from orthrus.integrations.vllm.block_sizes import BY_ROWS
 
 BLOCK_SIZE = 32
 """The trained one."""
@@ -75,28 +77,34 @@ def write_config(folder: Path, shape: str) -> Path:
     return folder
 
 
+def block_size_at(way: str, batch: int) -> int:
+    """Positions of a row in a step of so many rows."""
+    if way == "load":
+        return BY_ROWS[max(rows for rows in BY_ROWS if rows <= batch)]
+    return 1 if way == "ar" else int(way)
+
+
 def make_engine(folder: Path, options: argparse.Namespace) -> Any:
     """vLLM's engine for one way of decoding, with a graph for every batch that is measured."""
     from vllm import LLM
 
-    rows, block_sizes, speculation = max(options.batch), [1], None
+    rows, speculation = max(options.batch), None
     if options.way != "ar":
-        block_size = BLOCK_SIZE if options.way == "load" else int(options.way)
-        block_sizes = [block_size]
+        size = BY_ROWS if options.way == "load" else int(options.way)
         forced = {
             "rejection_sample_method": "synthetic",
-            "synthetic_acceptance_rates": [0.5**k for k in range(1, block_size)],
+            "synthetic_acceptance_rates": [0.5**k for k in range(1, block_size_at(options.way, 1))],
         }
-        speculation = speculative_config(folder, block_size=block_size, **forced)
+        speculation = speculative_config(folder, block_size=size, **forced)
     settings: dict[str, Any] = {}
     if not options.eager:
-        sizes = sorted({batch * block_size for batch in options.batch for block_size in block_sizes})
+        sizes = sorted({batch * block_size_at(options.way, batch) for batch in options.batch})
         settings["compilation_config"] = {"cudagraph_capture_sizes": sizes}
     return LLM(
         model=str(folder), speculative_config=speculation, load_format="dummy", skip_tokenizer_init=True,
         dtype="float32" if options.device == "cpu" else "bfloat16", 
         max_model_len=max_tokens(options, 32.0) + options.context,
-        max_num_seqs=rows, max_num_batched_tokens=max(8192, rows * BLOCK_SIZE), enable_prefix_caching=False,
+        max_num_seqs=rows, max_num_batched_tokens=8192 + rows * BLOCK_SIZE, enable_prefix_caching=False,
         gpu_memory_utilization=options.memory, enforce_eager=options.eager, seed=0, disable_log_stats=True,
         worker_extension_cls="benchmarks.on_vllm.Worker", **settings,
     )  # fmt: skip
@@ -163,7 +171,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure one way at every batch and N."""
+    """Measure one way at every batch and N, or print what was measured."""
     begun, options = time.perf_counter(), parse()
     if options.table:
         show_table([record for file in options.table for record in json.loads(file.read_text())])
@@ -171,68 +179,82 @@ def main() -> None:
     origin, records = here_and_now(torch.device(options.device)), []
     with TemporaryDirectory() as folder:
         llm = make_engine(write_config(Path(folder), options.model), options)
-        (runner,) = llm.collective_rpc("runner")
+        (module,) = llm.collective_rpc("runner")
+        runner = "V2" if module.endswith(".model_runner") else "V1"
         print(f"# {options.model}, {options.way}: {runner}, ready at {time.perf_counter() - begun:.0f} s", flush=True)
         for batch in options.batch:
             for forced in [None] if options.way == "ar" else options.tokens_per_cycle:
                 if time.perf_counter() - begun > options.limit:
                     print(f"# batch {batch}, N {forced}: not measured, --limit is over")
                     continue
-                num_new = max_tokens(options, 2.0)
-                if forced is not None:
-                    rate = survival(forced, BLOCK_SIZE)
-                    llm.collective_rpc("force", args=([rate] * (BLOCK_SIZE - 1),))
-                    block_size = BLOCK_SIZE if options.way == "load" else int(options.way)
-                    num_new = max_tokens(options, sum(rate**k for k in range(block_size)))
-                speed = measure(llm, options, batch, num_new, f"{batch}-{forced}")
-                cells = (
-                    f"{speed.tokens_per_second:8.0f} tokens/s {speed.cycle_ms:7.2f} ms {speed.tokens_per_cycle:5.2f}"
-                )
-                print(f"{options.model} {options.way:>4} batch {batch:2} N {forced or 1:4} {cells}", flush=True)
-                params = dict(
-                    model=options.model, context=options.context, batch=batch, way=options.way, backend="vllm",
-                    runner="V2" if runner.endswith(".model_runner") else "V1", dtype="bfloat16",
-                    forced_tokens_per_cycle=forced, vllm=vllm_version(), graphs=not options.eager,
-                )  # fmt: skip
-                values = [("tokens_per_second", speed.tokens_per_second, "tokens/s")]
-                values.append(("ar_step_ms" if forced is None else "cycle_ms", speed.cycle_ms, "ms"))
-                if forced is not None:
-                    values.append(("tokens_per_cycle", speed.tokens_per_cycle, "tokens"))
-                records += [ResultRecord.of(origin, name=n, value=v, unit=u, params=params) for n, v, u in values]
+                speed = measure_at(llm, options, batch, forced)
+                records += records_of(origin, options, runner, batch, forced, speed)
                 if options.out is not None:
                     options.out.write_text(to_json(records, indent=1) + "\n")
     print(f"# {time.perf_counter() - begun:.0f} s in all", file=sys.stderr)
 
 
-def vllm_version() -> str:
-    """Of the vLLM that is installed."""
-    import vllm
+def measure_at(llm: Any, options: argparse.Namespace, batch: int, forced: float | None) -> Speed:
+    """One batch at one N, printed."""
+    num_new = max_tokens(options, 2.0)
+    if forced is not None:
+        rate = survival(forced, BLOCK_SIZE)
+        llm.collective_rpc("force", args=([rate] * (BLOCK_SIZE - 1),))
+        num_new = max_tokens(options, tokens_per_cycle(forced, block_size_at(options.way, batch)))
+    speed = measure(llm, options, batch, num_new, f"{batch}-{forced}")
+    cells = f"{speed.tokens_per_second:8.0f} tokens/s {speed.cycle_ms:7.2f} ms {speed.tokens_per_cycle:5.2f}"
+    print(f"{options.model} {options.way:>4} batch {batch:2} N {forced or 1:4} {cells}", flush=True)
+    return speed
 
-    return vllm.__version__
+
+def tokens_per_cycle(forced: float, block_size: int) -> float:
+    """What a block of this size writes where the trained one writes `forced`."""
+    return sum(survival(forced, BLOCK_SIZE) ** k for k in range(block_size))
+
+
+def records_of(
+    origin: Origin, options: argparse.Namespace, runner: str, batch: int, forced: float | None, speed: Speed
+) -> list[ResultRecord]:
+    """What one batch at one N came to."""
+    params = dict(
+        model=options.model, context=options.context, batch=batch, way=options.way, backend="vllm", runner=runner,
+        block_size=None if forced is None else block_size_at(options.way, batch), drafting=forced is not None,
+        dtype="bfloat16", forced_tokens_per_cycle=forced, vllm=version("vllm"), graphs=not options.eager,
+    )  # fmt: skip
+    values = [("tokens_per_second", speed.tokens_per_second, "tokens/s")]
+    values.append(("ar_step_ms" if forced is None else "cycle_ms", speed.cycle_ms, "ms"))
+    if forced is not None:
+        values.append(("tokens_per_cycle", speed.tokens_per_cycle, "tokens"))
+    return [ResultRecord.of(origin, name=name, value=value, unit=unit, params=params) for name, value, unit in values]
 
 
 def show_table(records: Sequence[dict[str, Any]]) -> None:
-    """A line for each model, batch and N: vLLM's own decoding, each way against it, and this project's engine."""
-    rates = {}
+    """A line for each model, batch and N: tokens per second that each way's cycles are worth there, against plain
+    decoding by the same program."""
+    rates: dict[tuple[str, int, float | None], dict[str, float]] = {}
     for record in records:
-        if record["name"] == "tokens_per_second":
-            p = record["params"]
-            way = p["way"] if p["backend"] == "vllm" else f"engine {'ar' if not p['drafting'] else p['block_size']}"
-            rates[p["model"], p["batch"], p["forced_tokens_per_cycle"], f"{way} {p.get('runner', '')}".strip()] = (
-                record["value"]
-            )
-    ways = list(dict.fromkeys(way for *_, way in rates))
-    plain = next((way for way in ways if way.startswith("ar")), "")
+        p, n = record["params"], record["params"]["forced_tokens_per_cycle"]
+        way = p["way"] if p["backend"] == "vllm" else "ar" if n is None else str(p["block_size"])
+        name = f"{p['backend']} {p.get('runner', '')} {way}".replace("  ", " ")
+        if record["name"] == "ar_step_ms":
+            rates.setdefault((p["model"], p["batch"], None), {})[name] = p["batch"] / record["value"] * 1e3
+        elif record["name"] == "cycle_ms" and p["backend"] == "vllm":
+            written = tokens_per_cycle(n, p["block_size"])
+            rates.setdefault((p["model"], p["batch"], n), {})[name] = p["batch"] * written / record["value"] * 1e3
+        elif record["name"] == "tokens_per_second" and p["backend"] != "vllm" and n is not None:
+            rates.setdefault((p["model"], p["batch"], n), {})[name] = record["value"]
+    ways = sorted({way for found in rates.values() for way in found})
     print("| model | batch | N | " + " | ".join(ways) + " |\n" + "|---" * (3 + len(ways)) + "|")
-    for model, batch in sorted({(m, b) for m, b, *_ in rates}):
-        for forced in sorted({n for m, b, n, _ in rates if n is not None}, reverse=True):
-            base = rates.get((model, batch, None, plain))
-            cells = []
-            for way in ways:
-                rate = rates.get((model, batch, forced, way), rates.get((model, batch, None, way)))
-                ratio = "" if base is None or rate is None or way == plain else f" ({rate / base:.2f})"
-                cells.append("" if rate is None else f"{rate:,.0f}{ratio}")
-            print(f"| {model} | {batch} | {forced} | " + " | ".join(cells) + " |")
+    for (model, batch, n), found in sorted(
+        rates.items(), key=lambda item: (item[0][0], item[0][1], -(item[0][2] or 99))
+    ):
+        plain = rates.get((model, batch, None), {})
+        cells = []
+        for way in ways:
+            base = plain.get(" ".join([*way.split()[:-1], "ar"]))
+            ratio = f" ({found[way] / base:.2f})" if way in found and base and n is not None else ""
+            cells.append(f"{found[way]:,.0f}{ratio}" if way in found else "")
+        print(f"| {model} | {batch} | {n or 'plain'} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""vLLM with this project's view on a GPU, in bf16, its passes compiled and replayed from CUDA graphs.
+"""vLLM with this project's view on a GPU, its passes compiled and replayed from CUDA graphs.
 
-The text is compared with vLLM's own without drafting, accepted drafts at each position with this project's decoder. In
-bf16 neither is promised: passes of other shapes round differently, and a near-tie may go either way.
+In fp32 text and accepted drafts at each position are this project's own. In bf16 vLLM's text depends on who shares a
+batch, drafting or not, and on what is found in the cache: where two logits are nearly the same, passes of other shapes
+round them either way. So a text may leave the one of fp32 where the logits of both tokens are within `NEAR` steps of
+bf16, and nowhere else; accepted drafts then are nearly this project's.
 """
 
+import math
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.vllm.subjects import NUM_PROMPTS, expected, round_of, run
+from tests.vllm.subjects import NUM_PROMPTS, expected, model, plain, prompts, round_of, run
 
 pytestmark = pytest.mark.skipif(
     find_spec("vllm") is None or not torch.cuda.is_available(), reason="needs vLLM and a CUDA device"
@@ -19,9 +22,13 @@ pytestmark = pytest.mark.skipif(
 
 GRAPHS = {"cudagraph_capture_sizes": [32 * rows for rows in (1, 2, 4, 8, 16, 24)]}
 """One for each number of blocks that a pass may have, in place of vLLM's own, which end at 512 tokens."""
-SETTINGS: dict[str, Any] = {"dtype": "bfloat16", "enforce_eager": False, "gpu_memory_utilization": 0.2}
+SETTINGS: dict[str, Any] = {"enforce_eager": False, "gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 2 << 30}
+"""A cache of a given size: else vLLM measures what is free, and stops where another process changes it."""
+NEAR = 2
+"""A logit is off by half a step for being rounded, and by about as much for the rounding before it; so is the other."""
+FAULTS = ("write removed", "roll removed", "causal mask", "other mask token")
 RUNNERS = pytest.mark.parametrize("runner", ["V1", "V2"])
-FAULTS = ("write removed", "roll removed", "causal mask")
+ROUNDS = pytest.mark.parametrize("index", [0, 1, 2], ids=["one row", "24 rows in chunks", "24 rows from the cache"])
 
 
 def env(runner: str) -> dict[str, str]:
@@ -29,58 +36,102 @@ def env(runner: str) -> dict[str, str]:
 
 
 @cache
-def drafting(runner: str) -> dict[str, Any]:
+def drafting(runner: str, dtype: str) -> dict[str, Any]:
     rounds = [round_of(1), round_of(NUM_PROMPTS), round_of(NUM_PROMPTS)]
-    return run(rounds, env=env(runner), compilation_config=GRAPHS, **SETTINGS)
+    return run(rounds, env=env(runner), dtype=dtype, compilation_config=GRAPHS, **SETTINGS)
 
 
 @cache
-def plain(runner: str) -> list[list[int]]:
-    return run([round_of(NUM_PROMPTS)], env=env(runner), block_size=None, **SETTINGS)["rounds"][0]["tokens"]
-
-
-@cache
-def broken(runner: str) -> dict[str, Any]:
+def broken(runner: str) -> list[dict[str, Any]]:
     """Without graphs, which would go on replaying what was captured."""
     rounds = [round_of(NUM_PROMPTS, fault=fault) for fault in (None, *FAULTS)]
-    return run(rounds, env=env(runner), **SETTINGS | {"enforce_eager": True})
+    return run(rounds, env=env(runner), dtype="bfloat16", **SETTINGS | {"enforce_eager": True})["rounds"]
 
 
 def distance(accepted: list[int]) -> float:
-    """How far counts of accepted drafts are from this project's own, as a share of those."""
+    """How far 24 rows' counts of accepted drafts are from this project's own, as a share of those."""
     own = expected(NUM_PROMPTS, 32).accepted_per_position
     return sum(abs(a - b) for a, b in zip(accepted, own, strict=True)) / sum(own)
 
 
-@RUNNERS
-def test_the_runner_is_the_one_that_was_asked_for(runner: str):
-    (facts,) = drafting(runner)["facts"]
-    assert (facts["runner"] == "vllm.v1.worker.gpu.model_runner") == (runner == "V2"), facts
+@torch.no_grad()
+def steps_apart(row: int, text: list[int]) -> float:
+    """Steps of bf16 between the logits of this text's and plain decoding's token where they part; 0 where they do
+    not."""
+    own = plain(NUM_PROMPTS)[row]
+    at = next((j for j, (a, b) in enumerate(zip(text, own, strict=True)) if a != b), None)
+    if at is None:
+        return 0.0
+    ids = torch.tensor([[*prompts()[row], *own[:at]]], device=model().device)
+    logits_V = model()(ids).logits[0, -1].float()
+    step = 2.0 ** (math.floor(math.log2(logits_V.abs().max().item())) - 7)
+    return (logits_V[own[at]] - logits_V[text[at]]).item() / step
 
 
 @RUNNERS
-@pytest.mark.parametrize("index", [0, 1, 2], ids=["one row", "24 rows in chunks", "24 rows from the prefix cache"])
-def test_text_is_that_of_plain_decoding(runner: str, index: int):
-    found = drafting(runner)["rounds"][index]["tokens"]
-    differ = [i for i, (a, b) in enumerate(zip(found, plain(runner), strict=False)) if a != b]
-    print(f"\n{runner}, round {index}: {len(found) - len(differ)} of {len(found)} texts are plain decoding's")
-    assert not differ
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_runner_is_the_one_that_was_asked_for(runner: str, dtype: str):
+    (facts,) = drafting(runner, dtype)["facts"]
+    names = {"V1": "vllm.v1.worker.gpu_model_runner", "V2": "vllm.v1.worker.gpu.model_runner"}
+    assert facts["runner"] == names[runner]
+    assert (facts["num_layers"], facts["num_caches"]) == (16, 8)
 
 
 @RUNNERS
-@pytest.mark.parametrize("index", [1, 2], ids=["24 rows in chunks", "24 rows from the prefix cache"])
-def test_accepted_drafts_are_this_projects_own(runner: str, index: int):
-    counters = drafting(runner)["rounds"][index]["counters"]
-    own = expected(NUM_PROMPTS, 32)
-    print(f"\n{runner}, round {index}: {counters['accepted_tokens_per_pos']}\nown: {own.accepted_per_position}")
-    print(f"distance {distance(counters['accepted_tokens_per_pos']):.4f}")
-    print(f"drafts {counters['drafts']}, own {own.num_drafts}")
-    assert distance(counters["accepted_tokens_per_pos"]) < 0.05
+@ROUNDS
+def test_fp32_text_and_accepted_drafts_are_this_projects_own(runner: str, index: int):
+    found = drafting(runner, "float32")["rounds"][index]
+    num_rows = len(found["tokens"])
+    own = expected(num_rows, 32)
+    assert found["tokens"] == plain(num_rows)
+    assert found["counters"]["accepted_tokens_per_pos"] == own.accepted_per_position
+    assert found["counters"]["drafts"] == [own.num_drafts]
 
 
 @RUNNERS
-def test_planted_faults_are_far_from_it(runner: str):
-    found = [one["counters"]["accepted_tokens_per_pos"] for one in broken(runner)["rounds"]]
-    print(f"\n{runner}, sound and {FAULTS}: {[round(distance(one), 4) for one in found]}")
-    sound, *faults = map(distance, found)
-    assert sound < 0.05 and min(faults) > 0.1
+@ROUNDS
+def test_bf16_text_parts_from_fp32_at_near_ties_alone(runner: str, index: int):
+    found = drafting(runner, "bfloat16")["rounds"][index]["tokens"]
+    apart = [steps_apart(row, text) for row, text in enumerate(found)]
+    print(f"\n{runner}, round {index}: {apart.count(0.0)} of {len(found)} the same, at most {max(apart):.2f} steps")
+    assert max(apart) <= NEAR
+
+
+@RUNNERS
+@pytest.mark.parametrize("index", [1, 2], ids=["24 rows in chunks", "24 rows from the cache"])
+def test_bf16_accepted_drafts_are_nearly_this_projects_own(runner: str, index: int):
+    counters = drafting(runner, "bfloat16")["rounds"][index]["counters"]
+    apart, own = distance(counters["accepted_tokens_per_pos"]), expected(NUM_PROMPTS, 32)
+    print(f"\n{runner}, round {index}: {apart:.3f} apart, {counters['drafts'][0]} drafts, own {own.num_drafts}")
+    assert apart < 0.2
+
+
+@RUNNERS
+def test_planted_faults_are_found_by_the_look_at_the_first_pass(runner: str):
+    sound, *faulty = broken(runner)
+    assert sound["findings"] == [[]] and distance(sound["counters"]["accepted_tokens_per_pos"]) < 0.2
+    accepted = [found["counters"]["accepted_tokens_per_pos"] for found in faulty]
+    apart = dict(zip(FAULTS, map(distance, accepted), strict=True))
+    print(f"\n{runner}: {apart}, {[found['findings'] for found in faulty]}")
+    assert all(found["findings"][0] for found in faulty)
+    # A causal mask costs this model next to nothing: only the look sees it.
+    assert min(apart["write removed"], apart["roll removed"]) > 0.5
+
+
+def test_blocks_by_load_leave_the_text():
+    """32 positions with few rows, none with all, and graphs of each: V2, since V1 has no whole graphs of several."""
+    table = {"num_speculative_tokens_per_batch_size": [[1, 7, 31], [8, 15, 7], [16, 1 << 20, 0]]}
+    rounds = [round_of(1), round_of(10), round_of(NUM_PROMPTS), round_of(1)]
+    sizes = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32, 64, 80, 96, 120, 128, 160, 192, 224]}
+    found = run(rounds, env=env("V2"), dtype="float32", compilation_config=sizes, speculation=table, **SETTINGS)[
+        "rounds"
+    ]
+    for one in found:
+        assert one["tokens"] == plain(len(one["tokens"]))
+    per_draft = [sum(one["counters"]["draft_tokens"]) / sum(one["counters"]["drafts"]) for one in found]
+    print(f"\ndrafts of a row's block: {per_draft}")
+    own = expected(1, 32)
+    for one in (found[0], found[-1]):
+        assert one["counters"]["accepted_tokens_per_pos"] == own.accepted_per_position
+    assert per_draft[0] == 31 and 7 <= per_draft[1] < 31
+    assert sum(found[2]["counters"]["drafts"]) < expected(NUM_PROMPTS, 32).num_drafts / 4

@@ -34,10 +34,9 @@ not for all prompts, of which it takes at most 200 tokens each."""
 
 @cache
 def model() -> OrthrusForCausalLM:
-    """In fp32, or in bf16 on a GPU."""
-    if torch.cuda.is_available():
-        return OrthrusForCausalLM.from_pretrained(BUNDLED, dtype=torch.bfloat16).cuda()
-    return OrthrusForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32)
+    """In fp32, on the GPU where there is one."""
+    found = OrthrusForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32)
+    return found.cuda() if torch.cuda.is_available() else found
 
 
 @cache

@@ -8,14 +8,13 @@ are all that vLLM schedules in it, prompts included.
 
 from collections.abc import Mapping
 
-BY_ROWS: Mapping[int, int] = {1: 32, 3: 16, 12: 8, 32: 4, 64: 1}
+BY_ROWS: Mapping[int, int] = {1: 32, 8: 16, 24: 8, 48: 4, 72: 1}
 """From so many rows on, blocks of so many positions.
 
-From the tokens per second of this project's own engine, 8B on an H200, batches 1, 4, 16 and 64 at blocks of 4 to 32
-(docs/benchmarks.md, benchmarks/results/engine-batch_h200_2026-11-27.json): the best block at 8.5 tokens per cycle,
-the narrower of two where they are within 2 %, and changes half way between measured batches. At 64 the best is 1.09
-times plain decoding there and 0.82 at 3.7 tokens per cycle, so nothing is drafted. vLLM's own cycles are dearer and
-were not measured by width: a table of their own may differ.
+From vLLM 0.26's own cycles, 8B on an H200 (docs/benchmarks.md, benchmarks/results/vllm_h200_2026-11-27.json): at each
+measured batch the block that writes most at 8.5 tokens per cycle, or a smaller one where that would write less than
+plain decoding at 3.7; changes lie half way between measured batches. At 64 rows blocks of 4 are 1.0 to 1.4 times plain
+decoding; beyond, computed from there, they fall below it at 3.7 tokens per cycle, so nothing is drafted.
 """
 
 MOST_ROWS = 1 << 20
