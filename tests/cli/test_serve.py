@@ -37,6 +37,37 @@ def test_block_size_is_a_number_or_a_table_by_rows(model: Path):
         assert sentence in refused("serve", model, "--backend", "vllm", "--dry-run", "--block-size", wrong)
 
 
+def test_words_behind_two_dashes_are_vllms(model: Path):
+    words = line_of(
+        run(
+            "serve", model, "--backend", "vllm", "--dry-run", "--block-size", 4, "--", "--block-size", 64, "-dph"
+        ).stdout
+    )
+    assert json.loads(words[4])["num_speculative_tokens"] == 3
+    assert words[5:] == ["--block-size", "64", "-dph"]
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        (("--pipeline-parallel-size", 2), "pipeline_parallel_size=2"),
+        (("--pipeline_parallel_size=4",), "pipeline_parallel_size=4"),
+        (("-pp", 2), "pipeline_parallel_size=2"),
+        (("-dcp=2",), "decode_context_parallel_size=2"),
+        (("--kv-cache-dtype=fp8",), "kv_cache_dtype=fp8"),
+        (("--port", 9, "--enable-lora"), "LoRA adapters"),
+    ],
+)
+def test_options_of_vllm_that_cannot_work_are_refused_before_it_runs(model: Path, option: tuple, sentence: str):
+    assert f"{sentence} " in refused("serve", model, "--backend", "vllm", "--dry-run", *option)
+
+
+def test_harmless_values_of_these_options_pass(model: Path):
+    options = ("-pp", 1, "--kv-cache-dtype", "auto", "--no-enable-lora", "-dp", 2)
+    words = line_of(run("serve", model, "--backend", "vllm", "--dry-run", *options).stdout)
+    assert words[5:] == [*map(str, options)]
+
+
 def test_line_of_a_view_file_serves_its_base(view: Path, base: Path):
     for arguments in ((), ("--base", base)):
         words = line_of(run("serve", view, "--backend", "vllm", "--dry-run", *arguments).stdout)
@@ -66,7 +97,13 @@ def test_what_vllm_would_refuse_is_one_line(model: Path, view: Path, base: Path)
     assert "block_size must be at least 2" in refused("serve", model, "--backend", "vllm", "--block-size", 1)
     assert "has no diffusion view" in refused("serve", base, "--backend", "vllm", "--dry-run")
     assert "--backend sglang: choose vllm" in refused("serve", model, "--backend", "sglang")
-    for own in ("--speculative-config={}", "--hf-overrides={}"):
+    for own in (
+        "--speculative-config={}",
+        "--hf-overrides={}",
+        "-sc={}",
+        "--speculative_config.method=eagle",
+        "--spec-tokens=3",
+    ):
         assert "is what this command writes" in refused("serve", model, "--backend", "vllm", "--dry-run", own)
 
 

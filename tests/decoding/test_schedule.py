@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -452,8 +453,8 @@ def test_the_loop_drafts_where_all_is_kept_and_not_where_nothing_is(monkeypatch:
     """With times that do not depend on the machine: a plain step takes 4, a cycle 8 and a column 0.1 milliseconds."""
     run = PortableBackend.cycle
 
-    def timed(self: PortableBackend, rows: list) -> object:
-        cycle, width = run(self, rows), max(row.width for row in rows)
+    def timed(self: PortableBackend, rows: list, **options: Any) -> object:
+        cycle, width = run(self, rows, **options), max(row.width for row in rows)
         cycle.draft_ms, cycle.verify_ms = 4.0 * (width > 0), 4.0 + 0.1 * width
         return cycle
 

@@ -1,6 +1,7 @@
 """Backends with pages for tests of the scheduler: one whose every bit is known, and the portable one with a budget."""
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 
@@ -85,7 +86,7 @@ class FakeBackend:
         token = self._next(row, state, num_wanted)
         return Cycle(outcomes=[Outcome(tokens=[token], drafts=[])], draft_ms=0.0, verify_ms=1.0)
 
-    def cycle(self, rows: list[Row]) -> Cycle:
+    def cycle(self, rows: list[Row], *, meanwhile: Callable[[], None] | None = None) -> Cycle:
         outcomes = []
         for row in rows:
             start, shape = row.num_cached, ("verify", row.block_size)
@@ -134,8 +135,8 @@ class BudgetedBackend(PortableBackend):
         self._count(row.index)
         return cycle
 
-    def cycle(self, rows: list[Row]) -> Cycle:
-        cycle = super().cycle(rows)
+    def cycle(self, rows: list[Row], *, meanwhile: Callable[[], None] | None = None) -> Cycle:
+        cycle = super().cycle(rows, meanwhile=meanwhile)
         for row in rows:
             self._count(row.index)
         return cycle

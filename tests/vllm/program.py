@@ -2,11 +2,11 @@
 behind `ANSWER`.
 
 A plan is {"engine": keywords of vllm.LLM, "rounds": [{"prompts", "sampling", "fault"}, ..]}; a round's answer has the
-text of each prompt as token ids, how much of its prompt came from the prefix cache, and what the round added to vLLM's
-counters of drafting. "fault" names a mistake of `tests.vllm.worker` that is planted in the running engine. A round with
-"arrivals" and "lengths" has its prompts come after so many steps and leave after so many tokens; its answer has the
-steps of the worker, too. "asynchronous" has the next step scheduled before this one is over, which vLLM does on a GPU
-and turns off on a CPU.
+text of each prompt as token ids, how much of its prompt came from the prefix cache, what the round added to vLLM's
+counters of drafting, and what each rank's self-check found. "fault" names a mistake of `tests.vllm.worker` that is
+planted in the running engine. A round with "arrivals" and "lengths" has its prompts come after so many steps and leave
+after so many tokens; its answer has the steps of the worker, too. "asynchronous" has the next step scheduled before
+this one is over, which vLLM does on a GPU and turns off on a CPU.
 """
 
 import json
@@ -14,16 +14,16 @@ import sys
 from typing import Any
 
 ANSWER = "ANSWER "
-PREFIX = "vllm:spec_decode_num_"
+PREFIXES = ("vllm:spec_decode_num_", "vllm:num_preemption")
 
 
 def counters(llm: Any) -> dict[str, list[int]]:
-    """vLLM's counters of drafting by their short names, as lists."""
+    """vLLM's counters of drafting and of preemptions by their short names, as lists."""
     found = {}
     for metric in llm.get_metrics():
-        if metric.name.startswith(PREFIX):
+        if metric.name.startswith(PREFIXES):
             values = metric.values if hasattr(metric, "values") else [metric.value]
-            found[metric.name.removeprefix(PREFIX)] = [int(value) for value in values]
+            found[metric.name.removeprefix("vllm:").removeprefix("spec_decode_num_")] = [int(value) for value in values]
     return found
 
 
@@ -41,11 +41,13 @@ def run_round(llm: Any, plan: dict[str, Any]) -> dict[str, Any]:
         steps = llm.collective_rpc("recorded")[0]
     else:
         outputs = llm.generate(prompts, SamplingParams(**plan["sampling"]), use_tqdm=False)
+    findings = llm.collective_rpc("findings")
     llm.collective_rpc("plant", args=(None,))
     after = counters(llm)
     return {
         "steps": steps,
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "findings": findings,
         "cached": [output.num_cached_tokens or 0 for output in outputs],
         "counters": {
             name: [new - old for new, old in zip(values, before.get(name, [0] * len(values)), strict=True)]

@@ -34,6 +34,9 @@ not for all prompts, of which it takes at most 200 tokens each."""
 
 @cache
 def model() -> OrthrusForCausalLM:
+    """In fp32, or in bf16 on a GPU."""
+    if torch.cuda.is_available():
+        return OrthrusForCausalLM.from_pretrained(BUNDLED, dtype=torch.bfloat16).cuda()
     return OrthrusForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32)
 
 
@@ -59,16 +62,28 @@ class Expected:
     accepted_per_position: list[int]
 
 
+def expected(num_prompts: int, block_size: int) -> Expected:
+    """This project's own decoding of the first prompts."""
+    return expected_of(prompts()[:num_prompts], block_size, NUM_NEW)
+
+
 @cache
-def expected(num_prompts: int, block_size: int, num_new: int = NUM_NEW) -> Expected:
-    """This project's own decoding of the first prompts, row by row.
+def expected_of(some: tuple[tuple[int, ...], ...], block_size: int, num_new: int) -> Expected:
+    """This project's own decoding of some prompts with the bundled model."""
+    return decoded(model(), some, block_size, num_new)
+
+
+def decoded(
+    of: OrthrusForCausalLM, some: tuple[tuple[int, ...], ...], block_size: int, num_new: int = NUM_NEW
+) -> Expected:
+    """This project's own decoding of some prompts by a model, row by row.
 
     vLLM counts what a last cycle accepted before it cuts the text, so rows are decoded a block further than asked.
     """
     stopping = Stopping(max_new_tokens=num_new + block_size, eos_token_ids=frozenset())
-    decoder = Decoder(PortableBackend(model(), exact=False), block_size=block_size)
+    decoder = Decoder(PortableBackend(of, exact=False), block_size=block_size)
     tokens, num_drafts, accepted = [], 0, [0] * (block_size - 1)
-    for ids in prompts()[:num_prompts]:
+    for ids in some:
         new: list[int] = []
         for record in decoder.stream(Request(prompt_ids=ids, stopping=stopping)):
             if new and len(new) < num_new:
@@ -86,10 +101,10 @@ def plain(num_prompts: int, num_new: int = NUM_NEW) -> list[list[int]]:
 
 
 @cache
-def plain_of(some: tuple[tuple[int, ...], ...], num_new: int) -> list[list[int]]:
-    """This project's own text of some prompts without drafting."""
+def plain_of(some: tuple[tuple[int, ...], ...], num_new: int, of: OrthrusForCausalLM | None = None) -> list[list[int]]:
+    """This project's own text of some prompts without drafting, by the bundled model unless another is given."""
     stopping = Stopping(max_new_tokens=num_new, eos_token_ids=frozenset())
-    decoder = Decoder(PortableBackend(model(), exact=False))
+    decoder = Decoder(PortableBackend(of or model(), exact=False))
     requests = [Request(prompt_ids=ids, stopping=stopping, drafting=False) for ids in some]
     return [[token for record in decoder.stream(one) for token in record.token_ids] for one in requests]
 
@@ -107,7 +122,7 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING",
-        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
+        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}:{os.environ.get('PYTHONPATH', '')}",
     } | more  # fmt: skip
 
 

@@ -35,7 +35,10 @@ def engine_config(**changes: Any) -> Any:
     """What the plugin reads of vLLM's configuration of an engine."""
     own = json.loads((BUNDLED / "config.json").read_text())
     config = Qwen3Config.from_dict(own | changes.pop("config", {}))
-    model = SimpleNamespace(hf_config=config, model=str(changes.pop("model", BUNDLED)), revision=None)
+    model = SimpleNamespace(
+        hf_config=config, model=str(changes.pop("model", BUNDLED)), revision=None,
+        convert_type=changes.pop("convert", "none"),
+    )  # fmt: skip
     draft = SimpleNamespace(
         hf_config=Qwen3Config.from_dict(own | changes.pop("draft_config", {})),
         model=str(changes.pop("view", BUNDLED)), revision=None,
@@ -74,7 +77,12 @@ def test_bundled_model_is_accepted_and_keeps_its_last_cached_page():
         ({"config": {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"] * 8}},
          "layer_types: sliding_attention layers"),
         ({"config": {"model_type": "orthrus_view"}}, "is a view file"),
-        ({"config": {"model_type": "llama"}}, "model_type 'llama' is not supported by this plugin yet, only Qwen3"),
+        ({"config": {"model_type": "gemma3"}}, "model_type 'gemma3' is not supported, only Qwen3, Qwen2, Llama, Mis"),
+        ({"config": {"model_type": "mistral", "llama_4_scaling": {"beta": 1}}}, "llama_4_scaling of a Mistral base is"),
+        ({"convert": "embed"}, "convert=embed is not supported"),
+        ({"config": {"attention_bias": True}}, "attention_bias of a Qwen3 base is not supported by vLLM"),
+        ({"config": {"model_type": "qwen2", "head_dim": 32}}, "head_dim=32 of a Qwen2 base is not supported by vLLM"),
+        ({"config": {"dual_chunk_attention_config": {"chunk_size": 64}}}, "dual_chunk_attention_config is not support"),
         ({"cache_dtype": "fp8"}, "kv_cache_dtype=fp8 is not supported"),
         ({"draft_cache_dtype": "fp8"}, "kv_cache_dtype of the speculative config=fp8 is not supported"),
         ({"context_ranks": 2}, "decode_context_parallel_size=2 is not supported"),
@@ -139,6 +147,17 @@ def test_damaged_checkpoint_is_named_before_the_engine_starts(tmp_path: Path, ch
         settle(engine_config(view=folder, model=folder))
 
 
+def test_damaged_base_is_named_without_drafting_too(tmp_path: Path):
+    folder = damaged(tmp_path / "damaged", lambda tensors: tensors.pop(BASE_TENSOR))
+    with pytest.raises(ValueError, match=f"lacks 1 tensors: {BASE_TENSOR}"):
+        settle(engine_config(model=folder, drafting=False))
+    settle(engine_config(model=folder, drafting=False, load_format="dummy"))
+    settle(engine_config(model=damaged(tmp_path / "no view", drop_view), drafting=False))
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"quantization_config": {"quant_method": "fp8"}}))
+    settle(engine_config(model=folder, drafting=False))
+
+
 def view_over_base(tmp_path: Path) -> tuple[Path, Path]:
     """The bundled model as a view file and the stock base it belongs to."""
     base = damaged(tmp_path / "base", drop_view)
@@ -171,6 +190,36 @@ def test_view_has_the_shape_of_its_base(tmp_path: Path):
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(ValueError, match="the base of the view .* cannot be read"):
         ViewConfig.from_dict(fields, name_or_path=str(view))
+
+
+def write_view_of(base: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Write the base of a view beside the view's folder, in config.json alone; the view's config.json."""
+    for name in ("base", "view"):
+        (folder / name).mkdir()
+    (folder / "base" / "config.json").write_text(json.dumps(base))
+    view = {"model_type": "orthrus_view", "architectures": ["OrthrusView"], "block_size": 8, "mask_token_id": 9}
+    return view | {"base_id": "../base"}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_what_a_base_leaves_out_means_to_its_view_what_it_means_to_its_family(tmp_path: Path, family: str):
+    base: dict[str, Any] = {
+        "model_type": family, "architectures": ["Any"], "vocab_size": 10, "hidden_size": 64, "intermediate_size": 8,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "rope_theta": 5000.0,
+    }  # fmt: skip
+    config = ViewConfig.from_dict(write_view_of(base, tmp_path), name_or_path=str(tmp_path / "view"))
+    assert config.head_dim == {"llama": 16, "qwen2": 16, "qwen3": 128}[family]
+    assert config.num_key_value_heads == {"llama": 4, "qwen2": 32, "qwen3": 32}[family]
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 5000.0}
+    assert (config.architectures, config.model_type) == (["OrthrusView"], "orthrus_view")
+
+
+def test_view_of_a_base_that_carries_none_is_named(tmp_path: Path):
+    base = {"model_type": "gemma3", "hidden_size": 64}
+    with pytest.raises(ValueError, match=r"\.\./base has model_type 'gemma3', which is not supported"):
+        ViewConfig.from_dict(write_view_of(base, tmp_path), name_or_path=str(tmp_path / "view"))
+    with pytest.raises(ValueError, match="does not name its base"):
+        ViewConfig.from_dict({"block_size": 8}, name_or_path="v")
 
 
 def test_block_sizes_by_load_are_refused_where_the_scheduler_would_forget_them(monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,9 @@
-"""`orthrus serve --backend vllm` and plain `vllm serve`, asked the same by the official client: the same answers."""
+"""`orthrus serve --backend vllm` and plain `vllm serve`, asked the same by the official client: the same answers.
 
+Two servers start for the whole file, one behind the other; each is asked everything before it stops.
+"""
+
+import json
 import socket
 import subprocess
 import sys
@@ -16,21 +20,42 @@ from typing import Any
 import pytest
 
 from orthrus.environment import BUNDLED
-from tests.vllm.subjects import ENGINE, environment
+from tests.vllm.subjects import ENGINE, ROOT, environment
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: make vllm-test")
 
 PROMPT = "import os\n\ndef main():\n"
+MESSAGES = [{"role": "user", "content": "Write a function that reads a file."}]
 SCHEMA = {
     "type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "boolean"}}, "required": ["a", "b"],
     "additionalProperties": False,
 }  # fmt: skip
+PLACES = ["Berlin", "Paris", "Rome"]
+UNITS = ["celsius", "fahrenheit"]
+TOOLS = [
+    {"type": "function", "function": {
+        "name": name, "description": name, "strict": True,
+        "parameters": {"type": "object", "properties": {key: {"enum": values, "type": "string"}},
+                       "required": [key], "additionalProperties": False},
+    }} for name, key, values in (("weather", "place", PLACES), ("convert", "unit", UNITS))
+]  # fmt: skip
+"""Calls of few words, which a model that knows no tools ends within its tokens too."""
+TEMPLATE = (
+    "{% for tool in tools or [] %}# {{ tool.function.name }}\n{% endfor %}"
+    "{% for message in messages %}# {{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}# assistant:\n{% endif %}"
+)
+"""The bundled model has no chat template."""
+NUM_PROMPTS = 6
 SETTINGS = (
     "--dtype", "float32", "--enforce-eager", "--max-model-len", ENGINE["max_model_len"], "--host", "127.0.0.1",
     "--max-num-seqs", ENGINE["max_num_seqs"], "--max-num-batched-tokens", ENGINE["max_num_batched_tokens"],
 )  # fmt: skip
 ORTHRUS = (sys.executable, "-c", "from orthrus.cli.app import main; main()", "serve", BUNDLED, "--backend", "vllm")
 VLLM = (Path(sys.executable).with_name("vllm"), "serve", BUNDLED)
+STRUCTURE = ("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}')
+"""Else the model fills its tokens with blanks."""
+TOOL_CALLS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 
 
 def named_vllm(folder: Path) -> dict[str, str]:
@@ -52,7 +77,9 @@ def server(command: tuple[Any, ...], folder: Path) -> Iterator[Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [*map(str, command), *map(str, SETTINGS), "--served-model-name", "tiny", "--port", str(port)]
+    (folder / "chat.jinja").write_text(TEMPLATE)
+    more = ("--served-model-name", "tiny", "--port", port, "--chat-template", folder / "chat.jinja")
+    words = [*map(str, command), *map(str, SETTINGS), *map(str, more), *TOOL_CALLS, *STRUCTURE]
     log = folder / "log"
     with log.open("w") as stream:
         process = subprocess.Popen(words, env=named_vllm(folder), stdout=stream, stderr=stream)
@@ -76,8 +103,8 @@ def wait_for(address: str, process: subprocess.Popen, log: Path) -> None:
     raise AssertionError(f"the server did not start:\n{log.read_text()[-4000:]}")
 
 
-def answers(client: Any) -> dict[str, Any]:
-    """What a server says at temperature 0, asked in several ways."""
+def completions(client: Any) -> dict[str, Any]:
+    """What a server says to a prompt of text at temperature 0, asked in several ways."""
 
     def ask(**options: Any) -> Any:
         given = {"model": "tiny", "prompt": PROMPT, "max_tokens": 40, "temperature": 0} | options
@@ -88,31 +115,151 @@ def answers(client: Any) -> dict[str, Any]:
     stopped, likely = ask(stop=[stop]).choices[0], ask(logprobs=2).choices[0].logprobs
     return {
         "whole": whole,
+        "seeded": ask(seed=7).choices[0].text,
         "streamed": "".join(event.choices[0].text for event in ask(stream=True) if event.choices),
         "stopped": (stopped.text, stopped.finish_reason),
         "logprobs": (likely.tokens, [round(x, 4) for x in likely.token_logprobs]),
         "json": ask(extra_body={"structured_outputs": {"json": SCHEMA}}).choices[0].text,
-        "drafted": num_accepted(str(client.base_url)),
     }
 
 
-def num_accepted(base_url: str) -> float:
-    """Accepted drafts, from the server's metrics."""
+def chats(client: Any) -> dict[str, Any]:
+    """What a server says in a conversation at temperature 0, asked in several ways."""
+
+    def ask(**options: Any) -> Any:
+        given = {"model": "tiny", "messages": MESSAGES, "max_tokens": 40, "temperature": 0} | options
+        return client.chat.completions.create(**given)
+
+    whole = ask().choices[0].message.content
+    stop = whole[len(whole) // 2 :][:7]
+    stopped, likely = ask(stop=[stop]).choices[0], ask(logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    form = {"type": "json_schema", "json_schema": {"name": "ab", "schema": SCHEMA, "strict": True}}
+    events = [event.choices[0] for event in ask(stream=True) if event.choices]
+    usage = [event.usage for event in ask(stream=True, stream_options={"include_usage": True}) if event.usage][-1]
+    return {
+        "whole": whole,
+        "streamed": "".join(event.delta.content or "" for event in events),
+        "ends": [event.finish_reason for event in events if event.finish_reason],
+        "usage": (usage.prompt_tokens, usage.completion_tokens),
+        "stopped": (stopped.message.content, stopped.finish_reason),
+        "logprobs": [(one.token, round(one.logprob, 4), len(one.top_logprobs)) for one in likely],
+        "json": ask(response_format=form).choices[0].message.content,
+    }
+
+
+def tool_calls(client: Any) -> dict[str, Any]:
+    """Calls of tools at temperature 0, as (name, arguments): of one that is named, of any, and streamed."""
+
+    def ask(**options: Any) -> Any:
+        given = {"model": "tiny", "messages": MESSAGES, "tools": TOOLS, "max_tokens": 200, "temperature": 0} | options
+        return client.chat.completions.create(**given)
+
+    def calls(answer: Any) -> Any:
+        found = [(call.function.name, call.function.arguments) for call in answer.choices[0].message.tool_calls]
+        return found, answer.choices[0].finish_reason
+
+    named = {"type": "function", "function": {"name": "convert"}}
+    parts: list[Any] = [
+        call.function
+        for event in ask(tool_choice=named, stream=True)
+        if event.choices
+        for call in event.choices[0].delta.tool_calls or []
+    ]
+    return {
+        "named": calls(ask(tool_choice=named)),
+        "required": calls(ask(tool_choice="required", parallel_tool_calls=False)),
+        "streamed": (
+            "".join(part.name or "" for part in parts), "".join(part.arguments or "" for part in parts)
+        ),
+        "auto": ask(tool_choice="auto", max_tokens=20).choices[0].message.content,
+    }  # fmt: skip
+
+
+def counters(base_url: str) -> dict[str, float]:
+    """The server's counters of drafting, by their names."""
     with urllib.request.urlopen(base_url.replace("/v1/", "/metrics"), timeout=30) as page:
-        lines = page.read().decode().splitlines()
-    return sum(
-        float(line.split()[-1]) for line in lines if line.startswith("vllm:spec_decode_num_accepted_tokens_total")
+        lines = [line.split() for line in page.read().decode().splitlines() if line.startswith("vllm:spec_decode_num_")]
+    found: dict[str, float] = {}
+    for name, value in lines:
+        short = name.partition("{")[0].removeprefix("vllm:spec_decode_num_")
+        found[short] = found.get(short, 0.0) + float(value)
+    return found
+
+
+def datagen(base_url: str, folder: Path) -> dict[str, bytes]:
+    """The shards that `orthrus datagen` writes with a server, by their names."""
+    prompts = folder / "prompts.jsonl"
+    files = sorted((ROOT / "src" / "orthrus").glob("*/*.py"))[:NUM_PROMPTS]
+    prompts.write_text(
+        "".join(json.dumps({"text": file.read_text()[: 60 + 40 * i]}) + "\n" for i, file in enumerate(files))
     )
+    command = (*ORTHRUS[:3], "datagen", prompts, folder / "out", "--endpoint", base_url, "--model", "tiny",
+               "--tokenizer", BUNDLED, "--max-new-tokens", 48, "--shard-size", 4)  # fmt: skip
+    done = subprocess.run([*map(str, command)], env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {path.name: path.read_bytes() for path in sorted((folder / "out").glob("*.parquet"))}
 
 
-def test_official_client_gets_the_same_answers_with_and_without_drafting(tmp_path: Path):
-    found = []
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """All answers, with drafting and without."""
+    answers = {}
     for name, command in (("drafting", ORTHRUS), ("plain", VLLM)):
-        (tmp_path / name).mkdir()
-        with server(command, tmp_path / name) as client:
-            found.append(answers(client))
-    drafting, plain = found
-    assert drafting.pop("drafted") > 0 and plain.pop("drafted") == 0
-    assert drafting == plain
-    assert drafting["streamed"] == drafting["whole"] and drafting["stopped"][1] == "stop"
-    assert drafting["whole"].startswith(drafting["stopped"][0]) and drafting["json"].lstrip().startswith("{")
+        folder = tmp_path_factory.mktemp(name)
+        with server(command, folder) as client:
+            base_url = str(client.base_url)
+            said = {"completions": completions(client), "chats": chats(client), "tools": tool_calls(client)}
+            before = counters(base_url)
+            said |= {"shards": datagen(base_url, folder), "counters": (before, counters(base_url))}
+            answers[name] = said
+    return answers
+
+
+def is_of_schema(text: str) -> bool:
+    """Whether a text is JSON of `SCHEMA`."""
+    value = json.loads(text)
+    return set(value) == {"a", "b"} and type(value["a"]) is int and type(value["b"]) is bool
+
+
+Found = dict[str, dict[str, Any]]
+
+
+def test_only_one_server_drafts(found: Found):
+    before, _ = found["drafting"]["counters"]
+    assert before["accepted_tokens_total"] > 0
+    assert not any(sum(counted.values()) for counted in found["plain"]["counters"])
+
+
+def test_completions_are_the_same(found: Found):
+    said = found["drafting"]["completions"]
+    assert said == found["plain"]["completions"]
+    assert said["streamed"] == said["seeded"] == said["whole"] and said["stopped"][1] == "stop"
+    assert said["whole"].startswith(said["stopped"][0]) and is_of_schema(said["json"])
+
+
+def test_chats_are_the_same(found: Found):
+    said = found["drafting"]["chats"]
+    assert said == found["plain"]["chats"]
+    assert said["streamed"] == said["whole"] and said["stopped"][1] == "stop" and said["ends"] == ["length"]
+    assert said["whole"].startswith(said["stopped"][0]) and said["usage"][1] == len(said["logprobs"]) == 40
+    assert is_of_schema(said["json"])
+
+
+def test_tool_calls_are_the_same_and_valid(found: Found):
+    said = found["drafting"]["tools"]
+    assert said == found["plain"]["tools"]
+    ((name, arguments),), _ = said["named"]
+    assert name == "convert" and json.loads(arguments)["unit"] in UNITS
+    assert said["streamed"] == (name, arguments)
+    ((name, arguments),), _ = said["required"]
+    ((key, value),) = json.loads(arguments).items()
+    assert (name, key) in (("weather", "place"), ("convert", "unit")) and value in PLACES + UNITS
+
+
+def test_datagen_writes_the_same_shards_with_more_than_a_token_a_cycle(found: Found):
+    shards = found["drafting"]["shards"]
+    assert list(shards) == ["part-00000.parquet", "part-00001.parquet"]
+    assert shards == found["plain"]["shards"]
+    before, after = found["drafting"]["counters"]
+    num_cycles, num_accepted = (after[name] - before[name] for name in ("drafts_total", "accepted_tokens_total"))
+    assert num_cycles > 0 and num_accepted > 0

@@ -4,10 +4,18 @@ from typing import Any
 
 from torch import nn
 
+FAULTS = ("write removed", "roll removed", "causal mask", "other mask token", "query bias dropped")
+
 
 def drafter(runner: Any) -> Any:
     """The draft's side of the runner: a proposer in V1, a speculator in V2."""
-    return getattr(runner, "drafter", None) or runner.speculator
+    return getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+
+
+def draft_of(runner: Any) -> Any:
+    """The model that drafts, or None."""
+    own = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+    return getattr(own, "model", None)
 
 
 class Worker:
@@ -46,17 +54,28 @@ class Worker:
         """Break the draft in one way, or mend it (None)."""
         from orthrus.integrations.vllm import attention, draft
 
-        assert fault in (None, "write removed", "roll removed", "causal mask"), fault
+        assert fault in (None, *FAULTS), fault
         block: Any = attention.BlockAttention
         module: Any = draft
         if not hasattr(block, "sound"):
             block.sound = (block.write, module.roll)
         block.write, module.roll = block.sound
         set_causal(self.model_runner, fault == "causal mask")
+        set_query_bias(self.model_runner, fault == "query bias dropped")
+        if (own := draft_of(self.model_runner)) is not None:
+            drafter(self.model_runner).parallel_drafting_token_id = own.config.mask_token_id - (
+                fault == "other mask token"
+            )
+            own.start_check()
         if fault == "write removed":
             block.write = lambda *_: None
         elif fault == "roll removed":
             module.roll = lambda hidden_SD: hidden_SD
+
+    def findings(self) -> list[str] | None:
+        """What the draft's check of itself found since something was planted; None where there was nothing to see."""
+        own = draft_of(self.model_runner)
+        return own.self_check.findings if own is not None and own.self_check.done else None
 
     def facts(self) -> dict[str, Any]:
         """Whose modules the draft runs, and how many layers have a cache of their own."""
@@ -81,3 +100,15 @@ def set_causal(runner: Any, causal: bool) -> None:
         own.dflash_causal = causal
     elif (own := getattr(runner, "speculator", None)) is not None and isinstance(own.model, nn.Module):
         own._group_causal = dict.fromkeys(own._group_causal, causal)
+
+
+def set_query_bias(runner: Any, dropped: bool) -> None:
+    """Whether the view's queries are without their bias."""
+    view = getattr(drafter(runner), "model", None)
+    for layer in view.model.layers if view is not None else ():
+        attention = layer.self_attn
+        if (bias := attention.qkv_proj.bias) is not None:
+            attention.sound_bias = getattr(attention, "sound_bias", bias.detach().clone())
+            bias.data.copy_(attention.sound_bias)
+            if dropped:
+                bias.data[: attention.q_size] = 0

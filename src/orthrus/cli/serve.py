@@ -5,14 +5,23 @@ import shlex
 import shutil
 import sys
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from orthrus.cli import options
 
 BACKENDS = ("vllm",)
+OWN = ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens", "--hf-overrides", "--model")
+"""vLLM's options that the printed line sets."""
+NUMBERS = {
+    "--pipeline-parallel-size": "pipeline_parallel_size", "-pp": "pipeline_parallel_size",
+    "--decode-context-parallel-size": "decode_context_parallel_size", "-dcp": "decode_context_parallel_size",
+    "--prefill-context-parallel-size": "prefill_context_parallel_size", "-pcp": "prefill_context_parallel_size",
+}  # fmt: skip
+"""vLLM's options of which numbers above 1 are refused, and what `refusals.check_options` calls them."""
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 """How the command is read: what is no option of its own is the backend's."""
 
@@ -28,22 +37,43 @@ def serve(
         typer.Option(
             metavar="K|auto|TABLE",
             help="Positions per cycle, anchor included: a number, auto (fewer the more rows decode together), or a "
-            "table such as 1:32,8:16,64:1 (from so many rows on, so many; 1 drafts nothing).",
+            "table such as 1:32,8:16,64:1 (from so many rows on, so many; 1 drafts nothing). vLLM's own goes "
+            "behind --.",
         ),
     ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the line and do not run it.")] = False,
 ) -> None:
-    """Serve a checkpoint; options behind MODEL that are not listed here go to vllm serve as they are."""
+    """Serve a checkpoint; options behind MODEL that are not listed here, and all behind --, go to vllm serve."""
     if backend not in BACKENDS:
         raise ValueError(f"--backend {backend}: choose {' or '.join(BACKENDS)}")
-    for own in ("--speculative-config", "--hf-overrides", "--model"):
-        if any(word.split("=")[0] == own for word in context.args):
+    for word in context.args:
+        if (own := option_name(word)) in OWN:
             raise ValueError(f"{own} is what this command writes; change the line that --dry-run prints and run that")
     words = vllm_line(model, base=base, revision=revision, block_size=block_size, arguments=context.args)
     program = None if dry_run else find_program(words[0])
     print(shlex.join(words), flush=True)
     if program is not None:
         os.execv(program, [program, *words[1:]])
+
+
+def option_name(word: str) -> str:
+    """The option that a word of vLLM's line sets: it may be `--some_option=1` or `--some-option.field`."""
+    name = word.partition("=")[0].partition(".")[0]
+    return name.replace("_", "-") if name.startswith("--") else name
+
+
+def checked_options(arguments: list[str]) -> dict[str, Any]:
+    """What `refusals.check_options` wants to know of vLLM's options, as far as it can be read from their words."""
+    found: dict[str, Any] = {}
+    for word, following in pairwise([*arguments, ""]):
+        name, value = option_name(word), word.partition("=")[2] or following
+        if name in NUMBERS and value.isdecimal():  # what is no number vLLM itself refuses
+            found[NUMBERS[name]] = int(value)
+        elif name == "--kv-cache-dtype":
+            found["kv_cache_dtype"] = value
+        elif name in ("--enable-lora", "--no-enable-lora"):
+            found["enable_lora"] = name == "--enable-lora"
+    return found
 
 
 def vllm_line(
@@ -57,6 +87,7 @@ def vllm_line(
     # By name, as nothing imports an integration.
     names = ("vllm", "vllm.refusals", "vllm.block_sizes")
     integration, refusals, block_sizes = (import_module(f"orthrus.integrations.{name}") for name in names)
+    refusals.check_options(is_drafting=True, **checked_options(arguments))
     wanted = block_sizes.read_block_sizes(block_size)
     checkpoint = read_checkpoint(model, revision=revision)
     base_revision = None

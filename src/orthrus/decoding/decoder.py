@@ -5,8 +5,9 @@ drafts up to block_size - 1 tokens, keeps A of them and adds one: the correction
 `generate`, the command line, the server and the evaluator are readers of `step`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -92,17 +93,20 @@ class _Sequence:
         """Drafts that the next cycle can use: the token behind them is written too."""
         return self.request.stopping.max_new_tokens - self.num_new - 1 if self.request.drafting else 0
 
-    def plan(self, *, width: int, next_width: int | None = None) -> None:
-        """Set the next pass's width, of which at most `room` is used, and processors; and the width behind it."""
+    def plan(self, *, width: int) -> None:
+        """Set the next pass's width, of which at most `room` is used, and processors."""
         stopping = self.request.stopping
-        self.row.width = min(width, self.room)
-        is_last = self.num_new + self.row.width + 1 >= stopping.max_new_tokens  # if all is kept
-        # At least one token will be written first.
-        self.row.next_width = None if is_last or next_width is None else max(min(next_width, self.room - 1), 0)
+        self.row.width, self.row.next_width = min(width, self.room), None
         processor = self.request.logits_processor
         if self.min_length is not None and self.num_new < stopping.min_new_tokens:
             processor = self.min_length if processor is None else _chain(processor, self.min_length)
         self.row.processor = processor
+
+    def plan_next(self, width: int) -> None:
+        """Set the width of the pass behind the next one, where there will be one even if all is kept."""
+        if self.num_new + self.row.width + 1 < self.request.stopping.max_new_tokens:
+            # At least one token will be written first.
+            self.row.next_width = max(min(width, self.room - 1), 0)
 
 
 def check_prompt(num_tokens: int, max_positions: int) -> None:
@@ -140,6 +144,8 @@ class Decoder:
         check_block_size(block_size, largest)
         self._schedule: Schedule | None = None
         self._planned: tuple[list[int], Choice] | None = None
+        self._learn_last: Callable[[], None] | None = None
+        """Learns from the last cycle, which may be done while the device is busy with the next one."""
         """Rows, and the choice that was made for the cycle after their last one."""
         if block_size == "auto":
             block_size = auto_block_size(largest, exact=backend.exact, device_type=backend.device.type)
@@ -235,6 +241,7 @@ class Decoder:
         """Forget a row, finished or not."""
         if row not in self._sequences:
             raise ValueError(f"row {row} is not admitted")
+        self._learn()
         del self._sequences[row]
         self._backend.release(row)
 
@@ -275,16 +282,17 @@ class Decoder:
         """One cycle of the backend, at the fixed width or at the one that the schedule chooses and learns from.
 
         A backend that looks ahead is told the width of the cycle after it, too, so that one is chosen without knowing
-        what this one keeps. Other rows than were planned for are chosen for at once.
+        what this one keeps, while the device is busy with it. Other rows than were planned for are chosen for at once.
         """
-        rows = [sequence.row for sequence in sequences]
-        if self._schedule is None:
+        rows, schedule = [sequence.row for sequence in sequences], self._schedule
+        if schedule is None:
             for sequence in sequences:
-                sequence.plan(width=self.block_size - 1, next_width=self.block_size - 1)
+                sequence.plan(width=self.block_size - 1)
+                sequence.plan_next(self.block_size - 1)
             return self._backend.cycle(rows)
         candidates = []
         for sequence in sequences:
-            sequence.survival = sequence.survival or self._schedule.new_survival()
+            sequence.survival = sequence.survival or schedule.new_survival()
             candidates.append(Candidate(sequence.survival, sequence.room))
         # An exact pass sees all slots that its row will need.
         num_slots = max(row.max_tokens if self._backend.exact else row.num_cached for row in rows)
@@ -292,16 +300,32 @@ class Decoder:
         if planned is not None and planned[0] == batch:
             choice = planned[1]
         else:
-            choice = self._schedule.choose(candidates, num_slots)
-        after = self._schedule.choose(candidates, num_slots, running=choice) if self._backend.looks_ahead else None
+            self._learn()
+            choice = schedule.choose(candidates, num_slots)
         for sequence in sequences:
-            sequence.plan(width=choice.width, next_width=None if after is None else after.width)
-        cycle = self._backend.cycle(rows)
-        self._planned = None if after is None else (batch, after)
-        accepted = [outcome.num_accepted for outcome in cycle.outcomes]
-        widths = [row.width for row in rows]
-        self._schedule.learn(choice, candidates, num_slots, widths, accepted, cycle.draft_ms + cycle.verify_ms)
+            sequence.plan(width=choice.width)
+
+        def plan_next() -> None:
+            self._learn()
+            after = schedule.choose(candidates, num_slots, running=choice)
+            for sequence in sequences:
+                sequence.plan_next(after.width)
+            self._planned = (batch, after)
+
+        looks_ahead = self._backend.looks_ahead
+        cycle = self._backend.cycle(rows, meanwhile=plan_next if looks_ahead else None)
+        widths, accepted = [row.width for row in rows], [outcome.num_accepted for outcome in cycle.outcomes]
+        ms = cycle.draft_ms + cycle.verify_ms
+        self._learn_last = partial(schedule.learn, choice, candidates, num_slots, widths, accepted, ms)
+        if not looks_ahead:
+            self._learn()
         return cycle
+
+    def _learn(self) -> None:
+        """Learn from the last cycle what is not learnt yet."""
+        learn, self._learn_last = self._learn_last, None
+        if learn is not None:
+            learn()
 
     def _new_sequence(self, request: Request, index: int) -> _Sequence:
         prompt = list(request.prompt_ids)

@@ -176,7 +176,7 @@ class PortableBackend:
         self.cache.commit(row.index, len(block))
 
     @torch.inference_mode()
-    def cycle(self, rows: list[Row]) -> Cycle:
+    def cycle(self, rows: list[Row], *, meanwhile: Callable[[], None] | None = None) -> Cycle:
         """One draft pass (unless every width is 0), one verify pass, acceptance, one host read, commit."""
         watch = Stopwatch(self.device)
         watch.mark()

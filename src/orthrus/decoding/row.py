@@ -104,8 +104,12 @@ class Backend(Protocol):
         """
         ...
 
-    def cycle(self, rows: list[Row]) -> Cycle:
-        """Draft `row.width` tokens for each row, verify, accept, and commit A + 1 positions of each row's cache."""
+    def cycle(self, rows: list[Row], *, meanwhile: Callable[[], None] | None = None) -> Cycle:
+        """Draft `row.width` tokens for each row, verify, accept, and commit A + 1 positions of each row's cache.
+
+        `meanwhile`, for a backend that looks ahead, is called once while the device verifies: it may set `next_width`.
+        """
+        ...
 
     def release(self, row: int) -> None:
         """Forget a row, if it is known."""

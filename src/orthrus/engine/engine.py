@@ -13,7 +13,7 @@ the block size.
     B = rows, W = positions of a pass, J = W - 1 drafts, V = vocabulary, D = hidden width
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -139,11 +139,11 @@ class EngineBackend:
         return Cycle(outcomes=outcomes, draft_ms=0.0, verify_ms=watch.between(0, 1))
 
     @torch.inference_mode()
-    def cycle(self, rows: list[Row]) -> Cycle:
+    def cycle(self, rows: list[Row], *, meanwhile: Callable[[], None] | None = None) -> Cycle:
         """One draft pass (unless every width is 0), one verify pass, acceptance, one host read, commit.
 
-        While the host reads, the device drafts for the cycle after this one, where all rows say what they will want of
-        it. A draft that nobody wants then leaves no trace.
+        While the device verifies, `meanwhile` is called; while the host reads, the device drafts for the cycle after
+        this one, where all rows say what they will want of it. A draft that nobody wants then leaves no trace.
         """
         widths = [row.width for row in rows]
         is_drafting = any(widths)
@@ -153,7 +153,7 @@ class EngineBackend:
         inputs, is_same = self._batch(rows, None if ahead is None else ahead.inputs)
         self._ahead = None
         if not all(map(is_plain, rows)):
-            return self._chosen_cycle(rows, inputs)
+            return self._chosen_cycle(rows, inputs, meanwhile)
         drafting = None
         if is_drafting:
             drafting = ahead.watch if ahead is not None and is_same else self._draft(inputs)
@@ -163,6 +163,8 @@ class EngineBackend:
         self.graphs.run(self.passes.verify, inputs)
         watch.mark()
         read = inputs.begin_read()
+        if meanwhile is not None:
+            meanwhile()
         self._ahead = ahead = self._draft_ahead(rows, inputs) if self.looks_ahead else None
         outcomes = self._commit(rows, read(), inputs.shape.num_columns)
         anchors, lengths = [o.tokens[-1] for o in outcomes], [self.tables.length(row.index) for row in rows]
@@ -273,7 +275,7 @@ class EngineBackend:
             outcomes.append(Outcome(tokens=rest[: accepted + 1], drafts=drafts))
         return outcomes
 
-    def _chosen_cycle(self, rows: list[Row], inputs: Inputs) -> Cycle:
+    def _chosen_cycle(self, rows: list[Row], inputs: Inputs, meanwhile: Callable[[], None] | None) -> Cycle:
         """A cycle of rows that argmax alone does not decide."""
         watch = Stopwatch(self.device)
         watch.mark()
@@ -284,6 +286,8 @@ class EngineBackend:
         watch.mark()
         read, read_logprobs = choice.verify()
         watch.mark()  # before the read, which waits for it
+        if meanwhile is not None:
+            meanwhile()
         outcomes = self._commit(rows, read(), choice.num_columns)
         choice.report(outcomes, read_logprobs)
         draft_ms = watch.between(0, 1) if is_drafting else 0.0

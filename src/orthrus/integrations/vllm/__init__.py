@@ -3,7 +3,7 @@
 vLLM finds the plugin by its entry point (`vllm.general_plugins`) and drafts by its method "dflash": a block of the last
 token and masks, one pass that is not causal, over the target's own cache. What this package adds are two model classes:
 
-* `target.OrthrusTarget`, the AR view: vLLM's own Qwen3, which leaves the `*_diff` tensors of a checkpoint alone;
+* `target.OrthrusTarget`, the AR view: vLLM's own class for the base's family, which leaves `*_diff` tensors alone;
 * `draft.OrthrusDraft`, the diffusion view: the `*_diff` tensors and nothing else, between the target's own layers.
 
 Importing this module imports neither torch nor vLLM.

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from orthrus.integrations.vllm.attention import ViewAttention, borrow, drop_slots_behind
 from orthrus.integrations.vllm.refusals import check_draft, check_load, check_same_backend, check_writes
-from orthrus.integrations.vllm.symbols import DFlashQwen3ForCausalLM, VllmConfig, longest_query
+from orthrus.integrations.vllm.self_check import SelfCheck
+from orthrus.integrations.vllm.symbols import (
+    DFlashQwen3ForCausalLM,
+    VllmConfig,
+    get_forward_context,
+    longest_query,
+    support_torch_compile,
+)
 from orthrus.integrations.vllm.target import OrthrusTarget, find_target
 from orthrus.integrations.vllm.weights import load_view
 
@@ -41,12 +48,13 @@ class ViewLayer(nn.Module):
         return target.mlp(hidden_SD), residual_SD
 
 
+@support_torch_compile
 class View(nn.Module):
-    """The stack of layers in the diffusion view."""
+    """The stack of layers in the diffusion view, compiled as vLLM compiles its own models."""
 
     use_aux_hidden_state = False
 
-    def __init__(self, target: OrthrusTarget, vllm_config: VllmConfig, *, prefix: str):
+    def __init__(self, target: OrthrusTarget, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         num_layers = len(target.model.layers)
         # Numbered on behind the target's layers: vLLM tells layers apart by these names.
@@ -83,11 +91,13 @@ class OrthrusDraft(DFlashQwen3ForCausalLM):
         self.config = self.draft_model_config.hf_config
         check_draft(vllm_config)
         target = find_target(vllm_config)
-        self.model = View(target, vllm_config, prefix=f"{prefix}.model".lstrip("."))
+        self.model = View(target, vllm_config=vllm_config, prefix=f"{prefix}.model".lstrip("."))
         for layer, own in zip(target.model.layers, self.model.layers, strict=True):
             check_same_backend(layer.self_attn.attn.attn_backend, own.self_attn.attn.attn_backend)
             check_writes(own.self_attn.attn)
         self._num_positions = vllm_config.model_config.max_model_len - 1  # nothing is drafted for the last
+        self._block_size, self._dtype = speculation.num_speculative_tokens + 1, vllm_config.model_config.dtype
+        self.start_check()
         self.varies_width = bool(speculation.num_speculative_tokens_per_batch_size)
         check_load(vllm_config)
         if self.varies_width and vllm_config.use_v2_model_runner:
@@ -109,10 +119,27 @@ class OrthrusDraft(DFlashQwen3ForCausalLM):
         if longest_query(first) == 1:  # anchors alone: vLLM's V1 runner runs this pass at width 0, and reads none of it
             return self.model.target.lm_head.weight.new_zeros(len(input_ids), 1)
         drop_slots_behind(self._num_positions, positions, first)
-        return roll(self.model(input_ids, positions, inputs_embeds))
+        if self.self_check.done:
+            return roll(self.model(input_ids, positions, inputs_embeds))
+        self.self_check.begin(
+            target_layers=[layer.target.self_attn.attn for layer in self.model.layers],
+            view_layers=[layer.self_attn.attn for layer in self.model.layers],
+            context=get_forward_context(), input_ids_S=input_ids, positions_S=positions,
+        )  # fmt: skip
+        hidden_SD = self.model(input_ids, positions, inputs_embeds)
+        self.self_check.ran(hidden_SD)
+        return roll(hidden_SD)
+
+    def start_check(self) -> None:
+        """Look at the next draft pass that has a row's cache, and warn of what is wrong with it."""
+        self.self_check = SelfCheck(
+            mask_token_id=self.config.mask_token_id, block_size=self._block_size, dtype=self._dtype
+        )
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Logits by the target's head."""
+        if not self.self_check.done:
+            self.self_check.sampled(hidden_states)
         return self.logits_processor(self.model.target.lm_head, hidden_states)
 
     def combine_hidden_states(self, hidden_states: Tensor) -> Tensor:

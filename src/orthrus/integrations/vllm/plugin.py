@@ -9,6 +9,8 @@ TARGETS = ("OrthrusLM", "OrthrusForCausalLM")
 VIEWS = (*TARGETS, "OrthrusView")
 """Architectures that config.json of what is drafted with names: a whole checkpoint, or a view file."""
 
+TARGET = "orthrus.integrations.vllm.target:OrthrusOfAnyFamily"
+
 
 def register() -> None:
     """Tell vLLM the architectures of this project. Classes are named, not imported: vLLM does that when it needs them.
@@ -22,10 +24,10 @@ def register() -> None:
 
     AutoConfig.register(ViewConfig.model_type, ViewConfig, exist_ok=True)
     for name in TARGETS:
-        ModelRegistry.register_model(name, "orthrus.integrations.vllm.target:OrthrusTarget")
+        ModelRegistry.register_model(name, TARGET)
         settle_before_start(name)
     settle_before_start("OrthrusView")  # which is no target, and says so
-    ModelRegistry.register_model("OrthrusView", "orthrus.integrations.vllm.target:OrthrusTarget")
+    ModelRegistry.register_model("OrthrusView", TARGET)
     for name in VIEWS:
         ModelRegistry.register_model(f"DFlash{name}", "orthrus.integrations.vllm.draft:OrthrusDraft")
 
@@ -50,6 +52,10 @@ def settle_before_start(architecture: str) -> None:
             from orthrus.integrations.vllm.refusals import settle
 
             check_version(vllm.__version__)
-            settle(vllm_config)
+            try:
+                settle(vllm_config)
+            except ValueError as error:
+                # pydantic, which calls this, wraps a ValueError in lines of its own; this way the sentence comes last.
+                raise RuntimeError(str(error)) from None
 
     MODELS_CONFIG_MAP[architecture] = EngineConfig

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from orthrus.config import OrthrusConfig, check_layers
+from orthrus.model.bases import ROWS
 from orthrus.model.checkpoint import (
     VIEW_MODEL_TYPE,
     LoadedLM,
@@ -24,15 +25,18 @@ def settle(vllm_config: Any) -> None:
     states; the view needs none.
     """
     check_engine(vllm_config)
+    loading, target = vllm_config.load_config, vllm_config.model_config
+    # Else the files lie where only vLLM's loader finds them, or there are none; loading checks the view again.
+    has_files = loading.load_format in ("auto", "hf", "safetensors") and loading.download_dir is None
     if (speculation := vllm_config.speculative_config) is None or speculation.method != "dflash":
+        if has_files:
+            check_base(target.model, revision=target.revision)
         return
     check_draft(vllm_config)
     if vllm_config.scheduler_config.async_scheduling is False:  # None: vLLM has yet to decide
         check_load(vllm_config)
-    loading = vllm_config.load_config
-    # Else the files lie where only vLLM's loader finds them, or there are none; loading checks the view again.
-    if loading.load_format in ("auto", "hf", "safetensors") and loading.download_dir is None:
-        target, draft = vllm_config.model_config, speculation.draft_model_config
+    if has_files:
+        draft = speculation.draft_model_config
         check_files(draft.model, target.model, revision=draft.revision, target_revision=target.revision)
     own = speculation.draft_model_config.hf_config
     own.dflash_config = {"mask_token_id": own.mask_token_id} | (getattr(own, "dflash_config", None) or {})
@@ -61,6 +65,49 @@ def check_files(
     )
 
 
+def check_host(config: Any) -> None:
+    """`ValueError` for a base of no family that carries a view, or one that vLLM's class of its family computes
+    otherwise than transformers' does."""
+    names = {row.model_type: row.name for row in ROWS}
+    if config.model_type not in names:
+        raise ValueError(f"model_type {config.model_type!r} is not supported, only {', '.join(names.values())} bases")
+    check_layers(config)
+    if getattr(config, "dual_chunk_attention_config", None) is not None:
+        raise ValueError(
+            "dual_chunk_attention_config is not supported by Orthrus, whose blocks are not cut into chunks as the text "
+            "is: take it out of config.json, and the base has full attention"
+        )
+    for name in ("llama_4_scaling", "ada_rms_norm_t_cond"):
+        if config.model_type == "mistral" and getattr(config, name, None):
+            raise ValueError(f"{name} of a Mistral base is not supported: vLLM heeds it, transformers does not")
+    if config.model_type == "qwen3" and config.attention_bias:
+        raise ValueError("attention_bias of a Qwen3 base is not supported by vLLM, whose Qwen3 has no bias in o_proj")
+    width = config.hidden_size // config.num_attention_heads
+    if config.model_type == "qwen2" and (head_dim := getattr(config, "head_dim", None)) not in (None, width):
+        raise ValueError(
+            f"head_dim={head_dim} of a Qwen2 base is not supported by vLLM, whose heads are {width} wide there "
+            "(hidden_size / num_attention_heads)"
+        )
+
+
+def check_base(target: str | os.PathLike, *, revision: str | None) -> None:
+    """`check_files` for plain decoding, which needs no view: vLLM notices no missing part of a joined projection."""
+    checkpoint = read_checkpoint(target, revision=revision)
+    if checkpoint.config.get("quantization_config"):
+        return  # vLLM reads formats of which this project knows neither names nor shapes
+    fields = {
+        "block_size": 2,
+        "mask_token_id": 0,
+    } | checkpoint.config  # a stock base has neither; no shape depends on them
+    config, _ = build_config(OrthrusConfig, fields, where=checkpoint.source)
+    plan_load(
+        {name: one for name, one in checkpoint.tensors.items() if not is_view_tensor(name)},
+        {name: one for name, one in expected_shapes(LoadedLM, config).items() if not is_view_tensor(name)},
+        where=checkpoint.source,
+        start_view=False,
+    )
+
+
 def check_engine(vllm_config: Any) -> None:
     """`ValueError` naming the option or field of the model that the plugin does not support."""
     config = vllm_config.model_config.hf_config
@@ -70,33 +117,54 @@ def check_engine(vllm_config: Any) -> None:
             f"{view} is a view file, which holds no base to serve: vllm serve {base} --hf-overrides "
             f"""'{{"architectures": ["OrthrusLM"]}}' --speculative-config with {view} as its model"""
         )
-    if config.model_type != "qwen3":
+    check_host(config)
+    if (convert := getattr(vllm_config.model_config, "convert_type", "none")) != "none":
+        raise ValueError(f"convert={convert} is not supported by Orthrus, whose models write text")
+    speculation, parallel = vllm_config.speculative_config, vllm_config.parallel_config
+    check_options(
+        is_drafting=speculation is not None and speculation.method == "dflash",
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
+        decode_context_parallel_size=getattr(parallel, "decode_context_parallel_size", 1),
+        prefill_context_parallel_size=getattr(parallel, "prefill_context_parallel_size", 1),
+        kv_cache_dtype=vllm_config.cache_config.cache_dtype,
+        draft_kv_cache_dtype=getattr(speculation, "kv_cache_dtype", None),
+        enable_lora=getattr(vllm_config, "lora_config", None) is not None,
+    )
+
+
+def check_options(
+    *,
+    is_drafting: bool,
+    pipeline_parallel_size: int = 1,
+    decode_context_parallel_size: int = 1,
+    prefill_context_parallel_size: int = 1,
+    kv_cache_dtype: str | None = None,
+    draft_kv_cache_dtype: str | None = None,
+    enable_lora: bool = False,
+) -> None:
+    """`ValueError` naming the option, as vLLM calls it, that the plugin does not support."""
+    if pipeline_parallel_size > 1:
         raise ValueError(
-            f"model_type {config.model_type!r} is not supported by this plugin yet, only Qwen3; orthrus generate "
-            "decodes with other bases"
+            f"pipeline_parallel_size={pipeline_parallel_size} is not supported by Orthrus: both views share every "
+            "layer, so a model cannot be cut between layers; use tensor_parallel_size"
         )
-    check_layers(config)
-    if (stages := vllm_config.parallel_config.pipeline_parallel_size) > 1:
-        raise ValueError(
-            f"pipeline_parallel_size={stages} is not supported by Orthrus: both views share every layer, so a model "
-            "cannot be cut between layers; use tensor_parallel_size"
-        )
-    if vllm_config.speculative_config is None:
-        return
-    if vllm_config.speculative_config.method != "dflash":
+    if not is_drafting:
         return
     for where, dtype in (
-        ("kv_cache_dtype", vllm_config.cache_config.cache_dtype),
-        ("kv_cache_dtype of the speculative config", getattr(vllm_config.speculative_config, "kv_cache_dtype", None)),
+        ("kv_cache_dtype", kv_cache_dtype),
+        ("kv_cache_dtype of the speculative config", draft_kv_cache_dtype),
     ):
         if dtype not in (None, "auto", "bfloat16", "float16", "float32"):
             raise ValueError(f"{where}={dtype} is not supported by Orthrus: leave it at auto")
-    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        if (size := getattr(vllm_config.parallel_config, name, 1)) > 1:
+    for name, size in (
+        ("decode_context_parallel_size", decode_context_parallel_size),
+        ("prefill_context_parallel_size", prefill_context_parallel_size),
+    ):
+        if size > 1:
             raise ValueError(
                 f"{name}={size} is not supported by Orthrus: a block's keys are written where one rank has all slots"
             )
-    if getattr(vllm_config, "lora_config", None) is not None:
+    if enable_lora:
         raise ValueError("LoRA adapters are not supported by Orthrus: both views share the modules they would replace")
 
 

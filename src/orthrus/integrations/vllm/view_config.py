@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from transformers import Qwen3Config
+from transformers import PreTrainedConfig
 
+from orthrus.model.bases import check_base
 from orthrus.model.checkpoint import VIEW_MODEL_TYPE, WRITER_FIELDS
 from orthrus.model.hub import find_folder
 from orthrus.model.tensors import read_json
@@ -11,20 +12,29 @@ from orthrus.model.tensors import read_json
 OWN_FIELDS = ("block_size", "mask_token_id", "base_id", "base_revision", "base_fingerprint", "architectures")
 
 
-class ViewConfig(Qwen3Config):
-    """The base's fields under those of the view: vLLM wants to know the shape of what it drafts with."""
+class ViewConfig(PreTrainedConfig):
+    """The base's fields under those of the view: vLLM wants to know the shape of what it drafts with.
+
+    Of no family's class, since a field that is absent from a base's config.json means what its own family says.
+    """
 
     model_type = VIEW_MODEL_TYPE
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
-        """From a view file's config.json; `ValueError` where its base cannot be found."""
-        base_fields = {}
-        if isinstance(base := config_dict.get("base_id"), str):
-            base_fields = read_base_fields(base, config_dict.get("base_revision"), str(options.get("name_or_path", "")))
-        fields = {name: value for name, value in base_fields.items() if name not in WRITER_FIELDS}
+        """From a view file's config.json; `ValueError` where its base cannot be found or carry a view."""
+        view = str(options.get("name_or_path", ""))
+        if not isinstance(base := config_dict.get("base_id"), str):
+            raise ValueError(f"config.json of the view {view} does not name its base (base_id)")
+        fields = whole_fields(read_base_fields(base, config_dict.get("base_revision"), view), where=base)
         own = {name: config_dict[name] for name in OWN_FIELDS if name in config_dict}
         return super().from_dict(fields | own, **options)
+
+
+def whole_fields(base_fields: dict[str, Any], *, where: str) -> dict[str, Any]:
+    """The fields of a base's config.json with what its family makes of those that are absent."""
+    config = check_base(base_fields, where=where).config.from_dict(base_fields)
+    return {name: value for name, value in config.to_dict().items() if name not in WRITER_FIELDS}
 
 
 def read_base_fields(base: str, revision: str | None, view: str) -> dict[str, Any]:
