@@ -60,11 +60,11 @@ class BlockSpeculator(DFlashSpeculator):
             self.__dict__.update(self.sets[before])
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
-        """vLLM's own, less graphs of blocks that hold no draft."""
+        """vLLM's own, less graphs of widths that are never drafted: 0, and those for more rows than there can be."""
         super().init_cudagraph_manager(cudagraph_mode)
         captured: dict[Any, list[Any]] = self.query_cudagraph_manager._capture_descs
         for mode, shapes in captured.items():
-            captured[mode] = [shape for shape in shapes if shape.uniform_token_count != 1]
+            captured[mode] = [shape for shape in shapes if (shape.uniform_token_count or 0) - 1 in self.sets]
 
     def _generate_draft(self, num_reqs: int, num_tokens_padded: int, *arguments: Any, **options: Any) -> None:
         # Graphs are captured through here alone, without `propose` around it.
