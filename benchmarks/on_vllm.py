@@ -196,11 +196,13 @@ def main() -> None:
 
 def measure_at(llm: Any, options: argparse.Namespace, batch: int, forced: float | None) -> Speed:
     """One batch at one N, printed."""
-    num_new = max_tokens(options, 2.0)
+    written = 1.0
     if forced is not None:
         rate = survival(forced, BLOCK_SIZE)
         llm.collective_rpc("force", args=([rate] * (BLOCK_SIZE - 1),))
-        num_new = max_tokens(options, tokens_per_cycle(forced, block_size_at(options.way, batch)))
+        written = tokens_per_cycle(forced, block_size_at(options.way, batch))
+    # Rows whose prompts come first decode beside the others' prompts, and must not be done before those begin.
+    num_new = max_tokens(options, max(written, 2.0))
     speed = measure(llm, options, batch, num_new, f"{batch}-{forced}")
     cells = f"{speed.tokens_per_second:8.0f} tokens/s {speed.cycle_ms:7.2f} ms {speed.tokens_per_cycle:5.2f}"
     print(f"{options.model} {options.way:>4} batch {batch:2} N {forced or 1:4} {cells}", flush=True)
