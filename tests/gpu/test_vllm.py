@@ -1,10 +1,11 @@
 """vLLM with this project's view on a GPU, its passes compiled and replayed from CUDA graphs.
 
 In fp32 text and accepted drafts at each position are this project's own, for prompts whose every token is a clear
-choice: vLLM's attention for fp32 multiplies in TF32. In bf16 vLLM's text depends on who shares a batch, drafting or not,
-and on what is found in the cache: where two logits are nearly the same, passes of other shapes round them either way.
-So a text may leave the one of fp32 where the logits of both tokens are within `NEAR` steps of bf16, and nowhere else;
-accepted drafts then are nearly this project's.
+choice: vLLM's attention for fp32 multiplies in TF32.
+
+In bf16 vLLM's text depends on who shares a batch, drafting or not, and on what is found in the cache: where two logits
+are nearly the same, passes of other shapes round them either way. So a text may leave the one of fp32 where the logits
+of both tokens are within `NEAR` steps of bf16, and nowhere else; accepted drafts then are nearly this project's.
 """
 
 import math
