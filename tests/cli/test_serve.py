@@ -68,6 +68,17 @@ def test_harmless_values_of_these_options_pass(model: Path):
     assert words[-len(options) :] == [*map(str, options)]
 
 
+def test_several_engines_get_one_block_size_since_vllm_drops_the_table(model: Path):
+    for options, size in ((("-dp", 2), 8), (("--data_parallel_size=2",), 8), (("-dp", 1), None)):
+        done = run("serve", model, "--backend", "vllm", "--dry-run", *options)
+        words = line_of(done.stdout)
+        speculation = json.loads(words[words.index("--speculative-config") + 1])
+        assert ("num_speculative_tokens_per_batch_size" in speculation) == (size is None)
+        assert ("--block-size 8, not auto" in done.stderr) == (size is not None)
+        if size is not None:
+            assert speculation["num_speculative_tokens"] == size - 1
+
+
 def test_line_of_a_view_file_serves_its_base(view: Path, base: Path):
     for arguments in ((), ("--base", base)):
         words = line_of(run("serve", view, "--backend", "vllm", "--dry-run", *arguments).stdout)
@@ -76,13 +87,19 @@ def test_line_of_a_view_file_serves_its_base(view: Path, base: Path):
         assert json.loads(words[words.index("--speculative-config") + 1])["model"] == str(view)
 
 
+def positions(batched: int, scheduled: int) -> list[str]:
+    return ["--max-num-batched-tokens", str(batched), "--max-num-scheduled-tokens", str(scheduled)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "room"),
     [
-        ([], ["--max-num-seqs", "256", "--max-num-batched-tokens", "16128"]),
-        (["--port", "9", "--max-num-seqs", "64"], ["--max-num-batched-tokens", "10176"]),
-        (["--max_num_seqs=64"], ["--max-num-batched-tokens", "10176"]),
+        ([], ["--max-num-seqs", "256", *positions(16128, 8192)]),
+        (["--port", "9", "--max-num-seqs", "64"], positions(10176, 8192)),
+        (["--max_num_seqs=64"], positions(10176, 8192)),
+        (["--max-num-seqs", "512"], positions(512 * 63, 512 * 32)),
         (["--max-num-batched-tokens=9000"], ["--max-num-seqs", "256"]),
+        (["--max-num-scheduled-tokens", "9000"], ["--max-num-seqs", "256"]),
         (["--max-num-seqs", "8", "--max-num-batched-tokens", "900"], []),
         (["--config", "own.yaml"], []),
     ],
@@ -105,6 +122,14 @@ def test_what_vllm_would_refuse_is_one_line(model: Path, view: Path, base: Path)
         "--spec-tokens=3",
     ):
         assert "is what this command writes" in refused("serve", model, "--backend", "vllm", "--dry-run", own)
+
+
+def test_block_sizes_by_default_are_the_views_at_most(tmp_path: Path):
+    assert speculative_config("HUB/ID")["num_speculative_tokens"] == 31
+    (tmp_path / "config.json").write_text(json.dumps({"block_size": 8}))
+    speculation = speculative_config(tmp_path)
+    assert speculation["num_speculative_tokens"] == 7
+    assert max(drafts for *_, drafts in speculation["num_speculative_tokens_per_batch_size"]) == 7
 
 
 def test_revisions_go_to_whom_they_belong():

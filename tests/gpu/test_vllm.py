@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from tests.vllm.subjects import (
-    GREEDY,
     NUM_NEW,
     NUM_PROMPTS,
     expected,
@@ -27,6 +26,7 @@ from tests.vllm.subjects import (
     plain_of,
     prompts,
     round_of,
+    round_over,
     run,
 )
 
@@ -57,7 +57,7 @@ def drafting(runner: str) -> dict[str, Any]:
 
 @cache
 def drafting_fp32(runner: str) -> dict[str, Any]:
-    rounds = [round_of_some(some) for some in (clear()[:1], clear(), clear())]
+    rounds = [round_over(some) for some in (clear()[:1], clear(), clear())]
     return run(rounds, env=env(runner), dtype="float32", compilation_config=GRAPHS, **SETTINGS)
 
 
@@ -66,10 +66,6 @@ def broken(runner: str) -> list[dict[str, Any]]:
     """Without graphs, which would go on replaying what was captured."""
     rounds = [round_of(NUM_PROMPTS, fault=fault) for fault in (None, *FAULTS)]
     return run(rounds, env=env(runner), dtype="bfloat16", **SETTINGS | {"enforce_eager": True})["rounds"]
-
-
-def round_of_some(some: tuple[tuple[int, ...], ...]) -> dict[str, Any]:
-    return {"prompts": some, "sampling": GREEDY, "fault": None}
 
 
 @torch.no_grad()
@@ -171,7 +167,7 @@ def test_planted_faults_are_found_by_the_look_at_the_first_pass(runner: str):
 def test_blocks_by_load_leave_the_text():
     """32 positions with few rows, none with all, and graphs of each: V2, since V1 has no whole graphs of several."""
     table = {"num_speculative_tokens_per_batch_size": [[1, 7, 31], [8, 11, 7], [12, 1 << 20, 0]]}
-    rounds = [round_of_some(some) for some in (clear()[:1], clear()[:10], clear(), clear()[:1])]
+    rounds = [round_over(some) for some in (clear()[:1], clear()[:10], clear(), clear()[:1])]
     sizes = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32, 64, 80, 96, 120, 128, 160, 192, 224]}
     found = run(rounds, env=env("V2"), dtype="float32", compilation_config=sizes, speculation=table, **SETTINGS)[
         "rounds"

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -127,7 +128,12 @@ def environment(**more: str) -> dict[str, str]:
 
 def round_of(num_prompts: int, *, fault: str | None = None, **sampling: Any) -> dict[str, Any]:
     """A round over the first prompts, greedy unless told otherwise."""
-    return {"prompts": prompts()[:num_prompts], "sampling": GREEDY | sampling, "fault": fault}
+    return round_over(prompts()[:num_prompts], fault=fault, **sampling)
+
+
+def round_over(some: Sequence[Sequence[int]], *, fault: str | None = None, **sampling: Any) -> dict[str, Any]:
+    """A round over these prompts, greedy unless told otherwise."""
+    return {"prompts": some, "sampling": GREEDY | sampling, "fault": fault}
 
 
 def run(

@@ -29,6 +29,7 @@ from tests.vllm.subjects import (
     plain_of,
     prompts,
     round_of,
+    round_over,
     run,
 )
 from tests.vllm.test_refusals import VIEW_TENSOR, damaged, view_over_base
@@ -97,7 +98,7 @@ def test_text_is_plain_decodings_up_to_the_longest_sequence(env: dict[str, str] 
     longest, num_prompt = 256, 205
     long = [ids[:num_prompt] for ids in prompts() if len(ids) >= num_prompt][:4]
     num_new = longest - num_prompt
-    one = {"prompts": long, "sampling": GREEDY | {"max_tokens": num_new}, "fault": None}
+    one = round_over(long, max_tokens=num_new)
     answer = run([one], env=env, max_model_len=longest)["rounds"][0]
     assert answer["tokens"] == plain_of(tuple(long), num_new)
     assert sum(answer["counters"]["accepted_tokens_per_pos"]) > 0
@@ -111,7 +112,7 @@ def crowd(num_rows: int) -> tuple[tuple[int, ...], ...]:
 
 def crowded(*rounds: tuple[tuple[tuple[int, ...], ...], dict[str, Any]], num_rows: int, env: Any = None) -> list[Any]:
     """Rounds of prompts and sampling on an engine with one page more than rows (and vLLM's own, of nothing)."""
-    plans = [{"prompts": some, "sampling": sampling, "fault": None} for some, sampling in rounds]
+    plans = [round_over(some, **sampling) for some, sampling in rounds]
     return run(plans, env=env, max_model_len=3 * PAGE, num_gpu_blocks_override=num_rows + 2)["rounds"]
 
 
@@ -246,9 +247,9 @@ def chi_squared(found: Counter, law: dict[tuple[int, ...], float]) -> tuple[floa
 def test_sampled_text_has_the_base_models_law(tmp_path: Path, method: str):
     folder, prompt = small_checkpoint(tmp_path / "small"), [1, 5, 2, 7, 3]
     sampling = {"temperature": TEMPERATURE, "max_tokens": 3, "ignore_eos": True, "detokenize": False}
-    one = {"prompts": [prompt] * NUM_SAMPLED, "sampling": sampling, "fault": None}
+    one = round_over([prompt] * NUM_SAMPLED, **sampling)
     seeded = [
-        {"prompts": [prompt] * rows, "sampling": sampling | {"seed": seed, "max_tokens": 24}, "fault": None}
+        round_over([prompt] * rows, **sampling | {"seed": seed, "max_tokens": 24})
         for rows, seed in ((1, 7), (3, 7), (1, 8))
     ]
     answer, *seeded = run(

@@ -15,7 +15,7 @@ from orthrus.model.export import save_merged, save_view
 from orthrus.model.modeling import is_view_tensor
 from tests.decoding.subjects import randomise
 from tests.families import VARIANTS, randomise_vectors
-from tests.vllm.subjects import GREEDY, V2, Expected, decoded, plain_of, run
+from tests.vllm.subjects import V2, Expected, decoded, plain_of, round_over, run
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: make vllm-test")
 
@@ -83,9 +83,9 @@ def save_base(name: str, folder: Path) -> Path:
 
 def engine(*faults: str, **settings: Any) -> dict[str, Any]:
     """A round over all prompts, then one over the first three for each fault."""
-    sampling = GREEDY | {"max_tokens": NUM_NEW, "detokenize": False}
-    plan = [{"prompts": prompts(), "sampling": sampling, "fault": None}]
-    plan += [{"prompts": prompts()[:3], "sampling": sampling, "fault": fault} for fault in faults]
+    sampling = {"max_tokens": NUM_NEW, "detokenize": False}
+    plan = [round_over(prompts(), **sampling)]
+    plan += [round_over(prompts()[:3], fault=fault, **sampling) for fault in faults]
     return run(
         plan, block_size=BLOCK, skip_tokenizer_init=True, max_model_len=256, long_prefill_token_threshold=64, **settings
     )

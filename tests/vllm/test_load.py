@@ -16,7 +16,7 @@ import pytest
 from orthrus.decoding.decoder import Decoder, Request
 from orthrus.decoding.portable import PortableBackend
 from orthrus.decoding.stopping import Stopping
-from tests.vllm.subjects import GREEDY, V2, model, plain_of, prompts, run
+from tests.vllm.subjects import V2, model, plain_of, prompts, round_over, run
 from tests.vllm.test_engine import NUM_SAMPLED, TEMPERATURE, chi_squared, law_of_three, small_checkpoint
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: make vllm-test")
@@ -30,7 +30,7 @@ SHORT = tuple(ids for ids in prompts() if len(ids) < 100)[: len(ARRIVALS)]
 
 @cache
 def answer(runner: str) -> dict[str, Any]:
-    one = {"prompts": SHORT, "sampling": GREEDY, "fault": None, "arrivals": ARRIVALS, "lengths": LENGTHS}
+    one = round_over(SHORT) | {"arrivals": ARRIVALS, "lengths": LENGTHS}
     version, _, scheduling = runner.partition(" ")
     env = {"V1": None, "V2": V2}[version]
     return run([one], env=env, block_size=TABLE, asynchronous=scheduling == "asynchronous")["rounds"][0]
@@ -113,7 +113,7 @@ def test_sampled_text_has_the_base_models_law_in_a_narrower_block(tmp_path: Path
     """The law of a draft is kept by row and position, and looked up where it was drawn: the width is in both."""
     folder, prompt = small_checkpoint(tmp_path / "small"), [1, 5, 2, 7, 3]
     sampling = {"temperature": TEMPERATURE, "max_tokens": 3, "ignore_eos": True, "detokenize": False}
-    one = {"prompts": [prompt] * NUM_SAMPLED, "sampling": sampling, "fault": None}
+    one = round_over([prompt] * NUM_SAMPLED, **sampling)
     answer = run(
         [one], model_name=folder, block_size={1: 8, 2: 3}, env=V2, asynchronous=True, seed=1,
         speculation={"draft_sample_method": "probabilistic"}, skip_tokenizer_init=True, max_model_len=256,

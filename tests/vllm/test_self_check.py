@@ -123,9 +123,10 @@ def test_trial_leaves_every_slot_but_the_blocks_as_it_was():
 def test_pass_whose_rows_are_never_sampled_is_not_waited_for():
     check = new()
     context = SimpleNamespace(attn_metadata={"view.0": None}, slot_mapping={"view.0": Layer().slots()})
-    for _ in range(2):
+    for is_done in (False, True):
+        layer = Layer()
         check.begin(
-            target_layers=[], view_layers=[Layer()], context=context, positions_S=torch.arange(8),
+            target_layers=[layer], view_layers=[layer], context=context, positions_S=torch.arange(8),
             input_ids_S=torch.full((8,), MASK),
         )  # fmt: skip
-    assert check.done
+        assert (check.done, check.findings) == (is_done, [])

@@ -14,8 +14,7 @@ def drafter(runner: Any) -> Any:
 
 def draft_of(runner: Any) -> Any:
     """The model that drafts, or None."""
-    own = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
-    return getattr(own, "model", None)
+    return getattr(drafter(runner), "model", None)
 
 
 class Worker:

@@ -37,8 +37,8 @@ def serve(
         typer.Option(
             metavar="K|auto|TABLE",
             help="Positions per cycle, anchor included: a number, auto (fewer the more rows decode together), or a "
-            "table such as 1:32,8:16,64:1 (from so many rows on, so many; 1 drafts nothing). vLLM's own goes "
-            "behind --.",
+            "table such as 1:32,8:16,24:8,72:1 (from so many rows on, so many; 1 drafts nothing). vLLM's own "
+            "goes behind --.",
         ),
     ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the line and do not run it.")] = False,
@@ -76,6 +76,14 @@ def checked_options(arguments: list[str]) -> dict[str, Any]:
     return found
 
 
+def is_data_parallel(arguments: list[str]) -> bool:
+    """Whether these words of vLLM's line ask for several engines."""
+    for word, following in pairwise([*arguments, ""]):
+        if option_name(word) in ("--data-parallel-size", "-dp"):
+            return (word.partition("=")[2] or following) != "1"
+    return False
+
+
 def vllm_line(
     model: str, *, base: str | None, revision: str | None, block_size: str, arguments: list[str]
 ) -> list[str]:
@@ -96,7 +104,11 @@ def vllm_line(
         base_revision = named.revision
     refusals.check_files(model, base or model, revision=revision, target_revision=base_revision if base else revision)
     trained = checkpoint.config["block_size"]
-    if block_size == "auto":
+    if block_size == "auto" and is_data_parallel(arguments):
+        wanted = min(block_sizes.ANY_BATCH, trained)
+        note = "vLLM varies no block sizes with data parallelism"
+        print(f"--block-size {wanted}, not auto: {note}", file=sys.stderr, flush=True)
+    elif block_size == "auto":
         wanted = block_sizes.at_most(wanted, trained)
     if (widest := wanted if isinstance(wanted, int) else max(wanted.values())) > trained:
         raise ValueError(f"--block-size {widest}: the view was trained with blocks of {trained}, so at most that")

@@ -144,9 +144,9 @@ class Decoder:
         check_block_size(block_size, largest)
         self._schedule: Schedule | None = None
         self._planned: tuple[list[int], Choice] | None = None
+        """Rows, and the choice that was made for the cycle after their last one."""
         self._learn_last: Callable[[], None] | None = None
         """Learns from the last cycle, which may be done while the device is busy with the next one."""
-        """Rows, and the choice that was made for the cycle after their last one."""
         if block_size == "auto":
             block_size = auto_block_size(largest, exact=backend.exact, device_type=backend.device.type)
             self._schedule = Schedule(backend.experience(block_size), device_type=backend.device.type)

@@ -13,16 +13,20 @@ BY_ROWS: Mapping[int, int] = {1: 32, 8: 16, 24: 8, 48: 4, 72: 1}
 
 From vLLM 0.26's own cycles, 8B on an H200 (docs/benchmarks.md, benchmarks/results/vllm_h200_2026-11-27.json): at each
 measured batch the block that writes most at 8.5 tokens per cycle, or a smaller one where that would write less than
-plain decoding at 3.7; changes lie half way between measured batches. At 64 rows blocks of 4 are 1.0 to 1.4 times plain
+plain decoding at 3.7; changes lie between measured batches. At 64 rows blocks of 4 are 1.0 to 1.4 times plain
 decoding; beyond, computed from there, they fall below it at 3.7 tokens per cycle, so nothing is drafted.
 """
+
+ANY_BATCH = 8
+"""Where vLLM keeps no table, with data parallelism: at 8.5 tokens per cycle 1.4 to 2.6 times plain decoding by the same
+cycles, from 64 rows to one; at 3.7 and 64 rows 0.9."""
 
 MOST_ROWS = 1 << 20
 """More than any engine decodes at once: where the last range of vLLM's table ends."""
 
 
 def read_block_sizes(text: str) -> int | Mapping[int, int]:
-    """What `--block-size` means: a number, "auto" (`BY_ROWS`), or a table such as "1:32,8:16,64:1".
+    """What `--block-size` means: a number, "auto" (`BY_ROWS`), or a table such as "1:32,8:16,24:8,72:1".
 
     Raises `ValueError` that names what is wrong.
     """
@@ -35,7 +39,7 @@ def read_block_sizes(text: str) -> int | Mapping[int, int]:
         table = {rows: size for rows, size in pairs}
     except ValueError as error:
         raise ValueError(
-            f"--block-size {text}: give a number of positions, auto, or a table by rows such as 1:32,8:16,64:1"
+            f"--block-size {text}: give a number of positions, auto, or a table by rows such as 1:32,8:16,24:8,72:1"
         ) from error
     if len(table) < len(pairs):
         raise ValueError(f"--block-size {text}: a number of rows stands twice in the table")

@@ -4,9 +4,9 @@ from typing import Any
 
 from orthrus.integrations.vllm.versions import check_version
 
-TARGETS = ("OrthrusLM", "OrthrusForCausalLM")
+ARCHITECTURES = ("OrthrusLM", "OrthrusForCausalLM")
 """Architectures that config.json of a checkpoint names."""
-VIEWS = (*TARGETS, "OrthrusView")
+VIEWS = (*ARCHITECTURES, "OrthrusView")
 """Architectures that config.json of what is drafted with names: a whole checkpoint, or a view file."""
 
 TARGET = "orthrus.integrations.vllm.target:OrthrusOfAnyFamily"
@@ -23,7 +23,7 @@ def register() -> None:
     from orthrus.integrations.vllm.view_config import ViewConfig
 
     AutoConfig.register(ViewConfig.model_type, ViewConfig, exist_ok=True)
-    for name in TARGETS:
+    for name in ARCHITECTURES:
         ModelRegistry.register_model(name, TARGET)
         settle_before_start(name)
     settle_before_start("OrthrusView")  # which is no target, and says so

@@ -30,7 +30,7 @@ def settle(vllm_config: Any) -> None:
     has_files = loading.load_format in ("auto", "hf", "safetensors") and loading.download_dir is None
     if (speculation := vllm_config.speculative_config) is None or speculation.method != "dflash":
         if has_files:
-            check_base(target.model, revision=target.revision)
+            check_plain(target.model, revision=target.revision)
         return
     check_draft(vllm_config)
     if vllm_config.scheduler_config.async_scheduling is False:  # None: vLLM has yet to decide
@@ -90,7 +90,7 @@ def check_host(config: Any) -> None:
         )
 
 
-def check_base(target: str | os.PathLike, *, revision: str | None) -> None:
+def check_plain(target: str | os.PathLike, *, revision: str | None) -> None:
     """`check_files` for plain decoding, which needs no view: vLLM notices no missing part of a joined projection."""
     checkpoint = read_checkpoint(target, revision=revision)
     if checkpoint.config.get("quantization_config"):
