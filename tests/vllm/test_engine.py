@@ -249,7 +249,7 @@ def test_sampled_text_has_the_base_models_law(tmp_path: Path, method: str):
     sampling = {"temperature": TEMPERATURE, "max_tokens": 3, "ignore_eos": True, "detokenize": False}
     one = round_over([prompt] * NUM_SAMPLED, **sampling)
     seeded = [
-        round_over([prompt] * rows, **sampling | {"seed": seed, "max_tokens": 24})
+        round_over([prompt] * rows, **{**sampling, "seed": seed, "max_tokens": 24})
         for rows, seed in ((1, 7), (3, 7), (1, 8))
     ]
     answer, *seeded = run(
