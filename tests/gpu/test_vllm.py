@@ -136,7 +136,7 @@ def test_fp32_text_and_accepted_drafts_are_this_projects_own(runner: str, index:
 
 @RUNNERS
 @ROUNDS
-def test_bf16_text_parts_from_fp32_at_near_ties_alone(runner: str, index: int):
+def test_bf16_text_parts_at_near_ties_alone(runner: str, index: int):
     found = drafting(runner)["rounds"][index]["tokens"]
     apart = [steps_apart(row, text) for row, text in enumerate(found)]
     print(f"\n{runner}, round {index}: {apart.count(0.0)} of {len(found)} the same, at most {max(apart):.2f} steps")
