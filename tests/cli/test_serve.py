@@ -79,6 +79,15 @@ def test_several_engines_get_one_block_size_since_vllm_drops_the_table(model: Pa
             assert speculation["num_speculative_tokens"] == size - 1
 
 
+def test_how_drafts_are_sampled_goes_into_the_speculative_configuration(model: Path):
+    for options, method in (((), None), (("--draft-sample-method", "probabilistic"), "probabilistic")):
+        words = line_of(run("serve", model, "--backend", "vllm", "--dry-run", *options).stdout)
+        assert json.loads(words[words.index("--speculative-config") + 1]).get("draft_sample_method") == method
+    assert "choose greedy or probabilistic" in refused(
+        "serve", model, "--backend", "vllm", "--dry-run", "--draft-sample-method", "beam"
+    )
+
+
 def test_line_of_a_view_file_serves_its_base(view: Path, base: Path):
     for arguments in ((), ("--base", base)):
         words = line_of(run("serve", view, "--backend", "vllm", "--dry-run", *arguments).stdout)

@@ -14,6 +14,7 @@ import typer
 from orthrus.cli import options
 
 BACKENDS = ("vllm",)
+DRAFT_SAMPLE_METHODS = ("greedy", "probabilistic")
 OWN = ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens", "--hf-overrides", "--model")
 """vLLM's options that the printed line sets."""
 NUMBERS = {
@@ -41,15 +42,28 @@ def serve(
             "goes behind --.",
         ),
     ] = "auto",
+    draft_sample_method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(DRAFT_SAMPLE_METHODS),
+            help="How drafts of sampled text are chosen: the likeliest (vLLM's default), or drawn from the view's law, "
+            "of which more are kept and which takes memory.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the line and do not run it.")] = False,
 ) -> None:
     """Serve a checkpoint; options behind MODEL that are not listed here, and all behind --, go to vllm serve."""
     if backend not in BACKENDS:
         raise ValueError(f"--backend {backend}: choose {' or '.join(BACKENDS)}")
+    if draft_sample_method not in (None, *DRAFT_SAMPLE_METHODS):
+        raise ValueError(f"--draft-sample-method {draft_sample_method}: choose {' or '.join(DRAFT_SAMPLE_METHODS)}")
     for word in context.args:
         if (own := option_name(word)) in OWN:
             raise ValueError(f"{own} is what this command writes; change the line that --dry-run prints and run that")
-    words = vllm_line(model, base=base, revision=revision, block_size=block_size, arguments=context.args)
+    words = vllm_line(
+        model, base=base, revision=revision, block_size=block_size, draft_sample_method=draft_sample_method,
+        arguments=context.args,
+    )  # fmt: skip
     program = None if dry_run else find_program(words[0])
     print(shlex.join(words), flush=True)
     if program is not None:
@@ -85,7 +99,13 @@ def is_data_parallel(arguments: list[str]) -> bool:
 
 
 def vllm_line(
-    model: str, *, base: str | None, revision: str | None, block_size: str, arguments: list[str]
+    model: str,
+    *,
+    base: str | None,
+    revision: str | None,
+    block_size: str,
+    arguments: list[str],
+    draft_sample_method: str | None = None,
 ) -> list[str]:
     """The line that serves a checkpoint; `ValueError` for what vLLM would refuse in it, in fewer words."""
     from orthrus.cli.session import quiet
@@ -113,8 +133,9 @@ def vllm_line(
     if (widest := wanted if isinstance(wanted, int) else max(wanted.values())) > trained:
         raise ValueError(f"--block-size {widest}: the view was trained with blocks of {trained}, so at most that")
     return integration.serve_command(
-        model, *arguments, base=base, revision=revision, base_revision=base_revision, block_size=wanted
-    )
+        model, *arguments, base=base, revision=revision, base_revision=base_revision, block_size=wanted,
+        draft_sample_method=draft_sample_method,
+    )  # fmt: skip
 
 
 def find_program(name: str) -> str:

@@ -63,13 +63,15 @@ def serve_command(
     revision: str | None = None,
     base_revision: str | None = None,
     block_size: BlockSize | None = None,
+    draft_sample_method: str | None = None,
 ) -> list[str]:
     """The `vllm serve` line for a checkpoint, as a list of words; `arguments` are vLLM's own and go behind it.
 
     With `base` the text is that of a stock checkpoint, which config.json does not call an OrthrusLM, and `view` only
     drafts for it. `revision` is the view's on the Hub, and the target's where they are one; else `base_revision` is.
     """
-    options = {"revision": revision} if revision is not None else {}
+    given = {"revision": revision, "draft_sample_method": draft_sample_method}
+    options = {name: value for name, value in given.items() if value is not None}
     speculation = json.dumps(speculative_config(view, block_size=block_size, **options))
     head = ["vllm", "serve", os.fspath(view if base is None else base)]
     if base is not None:
