@@ -69,7 +69,12 @@ def test_harmless_values_of_these_options_pass(model: Path):
 
 
 def test_several_engines_get_one_block_size_since_vllm_drops_the_table(model: Path):
-    for options, size in ((("-dp", 2), 8), (("--data_parallel_size=2",), 8), (("-dp", 1), None)):
+    for options, size in (
+        (("-dp", 2), 8),
+        (("--data_parallel_size=2",), 8),
+        (("-dp", 1), None),
+        (("-dp=1", "-dp", 2), 8),
+    ):
         done = run("serve", model, "--backend", "vllm", "--dry-run", *options)
         words = line_of(done.stdout)
         speculation = json.loads(words[words.index("--speculative-config") + 1])
@@ -77,6 +82,8 @@ def test_several_engines_get_one_block_size_since_vllm_drops_the_table(model: Pa
         assert ("--block-size 8, not auto" in done.stderr) == (size is not None)
         if size is not None:
             assert speculation["num_speculative_tokens"] == size - 1
+    table = ("--block-size", "1:8,8:4", "-dp", 2)
+    assert "give one size" in refused("serve", model, "--backend", "vllm", "--dry-run", *table)
 
 
 def test_how_drafts_are_sampled_goes_into_the_speculative_configuration(model: Path):

@@ -91,11 +91,13 @@ def checked_options(arguments: list[str]) -> dict[str, Any]:
 
 
 def is_data_parallel(arguments: list[str]) -> bool:
-    """Whether these words of vLLM's line ask for several engines."""
-    for word, following in pairwise([*arguments, ""]):
-        if option_name(word) in ("--data-parallel-size", "-dp"):
-            return (word.partition("=")[2] or following) != "1"
-    return False
+    """Whether these words of vLLM's line ask for several engines: of several the last one counts."""
+    sizes = [
+        word.partition("=")[2] or following
+        for word, following in pairwise([*arguments, ""])
+        if option_name(word) in ("--data-parallel-size", "-dp")
+    ]
+    return sizes[-1:] not in ([], ["1"])
 
 
 def vllm_line(
@@ -124,9 +126,12 @@ def vllm_line(
         base_revision = named.revision
     refusals.check_files(model, base or model, revision=revision, target_revision=base_revision if base else revision)
     trained = checkpoint.config["block_size"]
-    if block_size == "auto" and is_data_parallel(arguments):
-        wanted = min(block_sizes.ANY_BATCH, trained)
+    is_table = not isinstance(wanted, int)
+    if is_table and is_data_parallel(arguments):
         note = "vLLM varies no block sizes with data parallelism"
+        if block_size != "auto":
+            raise ValueError(f"--block-size {block_size}: {note}, and would draft the widest always; give one size")
+        wanted = min(block_sizes.ANY_BATCH, trained)
         print(f"--block-size {wanted}, not auto: {note}", file=sys.stderr, flush=True)
     elif block_size == "auto":
         wanted = block_sizes.at_most(wanted, trained)

@@ -86,8 +86,8 @@ def room_for_drafts(arguments: Sequence[str], num_drafts: int) -> list[str]:
     """How many rows and positions a step has where `arguments` do not say, or name a file that may.
 
     vLLM 0.26 keeps the widest block of every row that could decode out of a step's positions. With its own numbers for
-    a GPU (1,024 rows, 8,192 positions) nothing is left of them and it does not start. 0.32 keeps nothing, so what a
-    step may decode is said as well.
+    a GPU (1,024 rows, 8,192 positions) nothing is left of them and it does not start. 0.32 keeps nothing ahead of a
+    step, so what one may decode is said as well.
     """
     rows, *positions, file = (
         given_option(arguments, name)

@@ -18,8 +18,8 @@ decoding; beyond, computed from there, they fall below it at 3.7 tokens per cycl
 """
 
 ANY_BATCH = 8
-"""Where vLLM keeps no table, with data parallelism: at 8.5 tokens per cycle 1.4 to 2.6 times plain decoding by the same
-cycles, from 64 rows to one; at 3.7 and 64 rows 0.9."""
+"""Where vLLM keeps no table, with data parallelism: at 8.5 tokens per cycle 1.4 (64 rows) to 2.5 (4 rows) times plain
+decoding by the same cycles; at 3.7 and 64 rows 0.9."""
 
 MOST_ROWS = 1 << 20
 """More than any engine decodes at once: where the last range of vLLM's table ends."""
