@@ -9,8 +9,9 @@ import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
+from orthrus.decoding.planner import Planner, Policy
 from orthrus.decoding.schedule import Candidate, Choice, Experience, Schedule
 from orthrus.decoding.survival import Survival
 
@@ -135,19 +136,6 @@ TEXTS: dict[str, list[Text]] = {
 }
 
 
-class Policy(Protocol):
-    """Whoever chooses widths: `Schedule`, or a fixed one."""
-
-    def new_survival(self) -> Survival: ...
-
-    def choose(self, candidates: Sequence[Candidate], num_slots: int, *, running: Choice | None = None) -> Choice: ...
-
-    def learn(
-        self, choice: Choice, candidates: Sequence[Candidate], num_slots: int, widths: Sequence[int],
-        accepted: Sequence[int], ms: float,
-    ) -> None: ...  # fmt: skip
-
-
 class Fixed:
     """The policy of a fixed block size."""
 
@@ -178,8 +166,7 @@ class _Loop:
     """The step loop over a machine, as `Decoder` and a backend are."""
 
     def __init__(self, policy: Policy, machine: Machine, rng: random.Random):
-        self.policy, self.machine, self.rng = policy, machine, rng
-        self._planned: tuple[list[_Row], Choice] | None = None
+        self.planner, self.machine, self.rng = Planner(policy), machine, rng
         self._last: tuple[list[_Row], list[int]] = ([], [])
         """Rows and widths of the last cycle."""
         self._drafted: tuple[list[_Row], list[int]] | None = None
@@ -188,17 +175,15 @@ class _Loop:
     def cycle(self, rows: Sequence[_Row], rooms: Sequence[int], kept: Callable[[int, int], int]) -> tuple[int, float]:
         """(width, true milliseconds); row i keeps kept(i, drafted)."""
         candidates = [Candidate(row.survival, room) for row, room in zip(rows, rooms, strict=True)]
-        num_slots, after = PROMPT + max(row.written for row in rows), None
-        planned, self._planned = self._planned, None
-        is_planned = planned is not None and planned[0] == list(rows)
-        choice = planned[1] if planned and is_planned else self.policy.choose(candidates, num_slots)
+        num_slots, after, batch = PROMPT + max(row.written for row in rows), None, tuple(rows)
+        choice = self.planner.choose(batch, candidates, num_slots)
         if self.machine.ahead == "planned":
-            after = self.policy.choose(candidates, num_slots, running=choice)
-            self._planned = (list(rows), after)
+            after = self.planner.plan(batch, candidates, num_slots, choice)
         used = [min(choice.width, room) for room in rooms]
         accepted = [kept(i, width) for i, width in enumerate(used)]
         ms = self.machine.cycle_ms(len(rows), max(used))
-        self.policy.learn(choice, candidates, num_slots, used, accepted, self.machine.measured(self.rng, ms))
+        self.planner.note(choice, candidates, num_slots, used, accepted, self.machine.measured(self.rng, ms))
+        self.planner.learn()
         for row, num_kept in zip(rows, accepted, strict=True):
             row.written += num_kept + 1
         ms += self._lost_ms(rows, used)

@@ -5,18 +5,18 @@ drafts up to block_size - 1 tokens, keeps A of them and adds one: the correction
 `generate`, the command line, the server and the evaluator are readers of `step`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import MinNewTokensLengthLogitsProcessor
 
+from orthrus.decoding.planner import Planner
 from orthrus.decoding.row import Backend, Cycle, Outcome, Processor, Row
 from orthrus.decoding.sampling import Sampling
-from orthrus.decoding.schedule import Candidate, Choice, Schedule, auto_block_size
+from orthrus.decoding.schedule import Candidate, Schedule, auto_block_size
 from orthrus.decoding.stats import DecodingStats
 from orthrus.decoding.stopping import Criteria, FinishReason, StopCheck, Stopping
 from orthrus.decoding.survival import Survival
@@ -142,14 +142,10 @@ class Decoder:
         is chosen by what cycles took and kept (`decoding/schedule.py`)."""
         largest = backend.max_block_size
         check_block_size(block_size, largest)
-        self._schedule: Schedule | None = None
-        self._planned: tuple[list[int], Choice] | None = None
-        """Rows, and the choice that was made for the cycle after their last one."""
-        self._learn_last: Callable[[], None] | None = None
-        """Learns from the last cycle, which may be done while the device is busy with the next one."""
+        self._planner: Planner | None = None
         if block_size == "auto":
             block_size = auto_block_size(largest, exact=backend.exact, device_type=backend.device.type)
-            self._schedule = Schedule(backend.experience(block_size), device_type=backend.device.type)
+            self._planner = Planner(Schedule(backend.experience(block_size), device_type=backend.device.type))
         block_size = largest if block_size is None else block_size
         self.block_size = block_size
         self._backend = backend
@@ -160,7 +156,7 @@ class Decoder:
     @property
     def is_auto(self) -> bool:
         """Whether each cycle's width is chosen."""
-        return self._schedule is not None
+        return self._planner is not None
 
     @property
     def active(self) -> set[int]:
@@ -241,7 +237,8 @@ class Decoder:
         """Forget a row, finished or not."""
         if row not in self._sequences:
             raise ValueError(f"row {row} is not admitted")
-        self._learn()
+        if self._planner is not None:
+            self._planner.learn()
         del self._sequences[row]
         self._backend.release(row)
 
@@ -284,48 +281,35 @@ class Decoder:
         A backend that looks ahead is told the width of the cycle after it, too, so that one is chosen without knowing
         what this one keeps, while the device is busy with it. Other rows than were planned for are chosen for at once.
         """
-        rows, schedule = [sequence.row for sequence in sequences], self._schedule
-        if schedule is None:
+        rows, planner = [sequence.row for sequence in sequences], self._planner
+        if planner is None:
             for sequence in sequences:
                 sequence.plan(width=self.block_size - 1)
                 sequence.plan_next(self.block_size - 1)
             return self._backend.cycle(rows)
         candidates = []
         for sequence in sequences:
-            sequence.survival = sequence.survival or schedule.new_survival()
+            sequence.survival = sequence.survival or planner.policy.new_survival()
             candidates.append(Candidate(sequence.survival, sequence.room))
         # An exact pass sees all slots that its row will need.
         num_slots = max(row.max_tokens if self._backend.exact else row.num_cached for row in rows)
-        batch, planned, self._planned = [row.index for row in rows], self._planned, None
-        if planned is not None and planned[0] == batch:
-            choice = planned[1]
-        else:
-            self._learn()
-            choice = schedule.choose(candidates, num_slots)
+        batch = tuple(row.index for row in rows)
+        choice = planner.choose(batch, candidates, num_slots)
         for sequence in sequences:
             sequence.plan(width=choice.width)
 
         def plan_next() -> None:
-            self._learn()
-            after = schedule.choose(candidates, num_slots, running=choice)
+            after = planner.plan(batch, candidates, num_slots, choice)
             for sequence in sequences:
                 sequence.plan_next(after.width)
-            self._planned = (batch, after)
 
         looks_ahead = self._backend.looks_ahead
         cycle = self._backend.cycle(rows, meanwhile=plan_next if looks_ahead else None)
         widths, accepted = [row.width for row in rows], [outcome.num_accepted for outcome in cycle.outcomes]
-        ms = cycle.draft_ms + cycle.verify_ms
-        self._learn_last = partial(schedule.learn, choice, candidates, num_slots, widths, accepted, ms)
+        planner.note(choice, candidates, num_slots, widths, accepted, cycle.draft_ms + cycle.verify_ms)
         if not looks_ahead:
-            self._learn()
+            planner.learn()
         return cycle
-
-    def _learn(self) -> None:
-        """Learn from the last cycle what is not learnt yet."""
-        learn, self._learn_last = self._learn_last, None
-        if learn is not None:
-            learn()
 
     def _new_sequence(self, request: Request, index: int) -> _Sequence:
         prompt = list(request.prompt_ids)

@@ -95,10 +95,8 @@ def check_plain(target: str | os.PathLike, *, revision: str | None) -> None:
     checkpoint = read_checkpoint(target, revision=revision)
     if checkpoint.config.get("quantization_config"):
         return  # vLLM reads formats of which this project knows neither names nor shapes
-    fields = {
-        "block_size": 2,
-        "mask_token_id": 0,
-    } | checkpoint.config  # a stock base has neither; no shape depends on them
+    # A stock base has neither, and no shape depends on them.
+    fields = {"block_size": 2, "mask_token_id": 0} | checkpoint.config
     config, _ = build_config(OrthrusConfig, fields, where=checkpoint.source)
     plan_load(
         {name: one for name, one in checkpoint.tensors.items() if not is_view_tensor(name)},

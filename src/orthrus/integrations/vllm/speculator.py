@@ -21,7 +21,8 @@ from torch import Tensor
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
-RELIED_ON = ("num_query_per_req", "num_speculative_steps", "sample_col", "draft_tokens", "_generate_draft")
+PER_WIDTH = ("num_query_per_req", "num_speculative_steps", "sample_col", "draft_tokens")
+RELIED_ON = (*PER_WIDTH, "_generate_draft")
 
 
 class BlockSpeculator(DFlashSpeculator):
@@ -38,7 +39,7 @@ class BlockSpeculator(DFlashSpeculator):
         table = self.speculative_config.num_speculative_tokens_per_batch_size
         self.width_of_rows = build_dynamic_sd_schedule_lookup(table, self.max_num_reqs, self.widest)
         self.sets = {width: self._make_set(width) for width in {*self.width_of_rows[1:]} - {0, self.widest}}
-        self.sets[self.widest] = {name: getattr(self, name) for name in RELIED_ON[:4]}
+        self.sets[self.widest] = {name: getattr(self, name) for name in PER_WIDTH}
 
     def _make_set(self, width: int) -> dict[str, Any]:
         columns = torch.arange(width, dtype=self.sample_col.dtype, device=self.sample_col.device)
