@@ -25,21 +25,19 @@ def record(name: str, value: float, **params: Any) -> dict[str, Any]:
 
 
 def test_table_has_rates_at_the_wanted_n_against_plain_decoding(capsys: pytest.CaptureFixture[str]):
-    drafted = {"way": "32", "block_size": 32, "forced_tokens_per_cycle": 8.5}
+    drafted = {"forced_tokens_per_cycle": 8.5}
     show_table([
         record("ar_step_ms", 5.0, way="ar", forced_tokens_per_cycle=None),
-        record("cycle_ms", 10.0, **drafted),
-        record("tokens_per_second", 9999.0, **drafted),  # of the draws that came, which are not what is compared
-        record("tokens_per_second", 3000.0, backend="engine", block_size="auto", forced_tokens_per_cycle=8.5),
+        record("cycle_ms", 10.0, way="32", block_size=32, **drafted),
+        record("cycle_ms", 8.0, way="load", block_size=4, **drafted),
+        record("tokens_per_second", 9999.0, way="32", block_size=32, **drafted),  # of the draws that came: not compared
+        record("tokens_per_second", 3000.0, backend="engine", block_size="auto", drafting=True, **drafted),
     ])  # fmt: skip
-    head, _, plain, row = capsys.readouterr().out.splitlines()
-    assert [name.strip() for name in head.split("|")][1:7] == [
-        "model",
-        "batch",
-        "N",
-        "engine V2 auto",
-        "vllm V2 32",
-        "vllm V2 ar",
-    ]
-    assert [cell.strip() for cell in plain.split("|")][1:7] == ["8b", "4", "plain", "", "", "800"]
-    assert [cell.strip() for cell in row.split("|")][1:7] == ["8b", "4", "8.5", "3,000", "3,400 (4.25)", ""]
+    head, _, plain, row = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()
+    )
+    assert head == ["model", "batch", "N", "engine V2 auto", "vllm V2 32", "vllm V2 ar", "vllm V2 load"]
+    assert plain == ["8b", "4", "plain", "", "", "800", ""]
+    rate = 4 * tokens_per_cycle(8.5, 4) / 8.0 * 1e3
+    assert 1500 < rate < 1800
+    assert row == ["8b", "4", "8.5", "3,000", "3,400 (4.25)", "", f"{rate:,.0f} ({rate / 800:.2f})"]
