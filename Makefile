@@ -3,7 +3,7 @@
 #   make demo           plain against drafted decoding of the bundled model, in this terminal
 #   make test           the whole test suite on the CPU, with the versions of constraints.txt
 #   make lint           ruff and pyrefly          make format   ruff, writing
-#   make gpu-test       tests/gpu with this machine's own python3 and its torch (needs CUDA)
+#   make gpu-test       the GPU's tests with this machine's own python3 and its torch (needs CUDA)
 #   make bench          the numbers of benchmarks/, measured again on this machine
 #   make vllm-test      tests/vllm beside a vLLM for the CPU, which takes 4 GB and some minutes to install
 #   make test-oldest    the suite on the oldest supported transformers; test-newest: on the newest published one
@@ -41,7 +41,7 @@ format: $(VENV)/.installed
 gpu-test:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || \
 		{ echo "gpu-test: $(PYTHON) has no torch that sees a CUDA device" >&2; exit 1; }
-	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu $(PYTEST_ARGS)
+	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu tests/vllm/test_server.py $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m orthrus.evaluation.speed

@@ -11,6 +11,7 @@ of both tokens are within `NEAR` steps of bf16, and nowhere else; accepted draft
 import math
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from tests.vllm.subjects import (
     round_over,
     run,
 )
-from tests.vllm.test_engine import FAULTS
+from tests.vllm.test_engine import FAULTS, check_sampling
 
 pytestmark = pytest.mark.skipif(
     find_spec("vllm") is None or not torch.cuda.is_available(), reason="needs vLLM and a CUDA device"
@@ -41,6 +42,8 @@ SETTINGS: dict[str, Any] = {"enforce_eager": False, "gpu_memory_utilization": 0.
 """A cache of a given size: else vLLM measures what is free, and stops where another process changes it."""
 NEAR = 2
 """A logit is off by half a step for being rounded, and by about as much for the rounding before it; so is the other."""
+PAGE = 16
+"""Tokens of a page of vLLM's cache on a GPU."""
 RUNNERS = pytest.mark.parametrize("runner", ["V1", "V2"])
 ROUNDS = pytest.mark.parametrize("index", [0, 1, 2], ids=["one row", "24 rows in chunks", "24 rows from the cache"])
 
@@ -86,7 +89,7 @@ def clear() -> tuple[tuple[int, ...], ...]:
         least, largest = margins(row)
         if least > NEAR * 2.0 ** (math.floor(math.log2(largest)) - 10):
             found.append(prompts()[row])
-    assert len(found) >= NUM_PROMPTS // 2, "too few prompts are clear"
+    assert len(found) >= NUM_PROMPTS // 3, "too few prompts are clear"
     return tuple(found)
 
 
@@ -127,6 +130,39 @@ def test_fp32_text_and_accepted_drafts_are_this_projects_own(runner: str, index:
     assert found["tokens"] == plain_of(some, NUM_NEW)
     assert found["counters"]["accepted_tokens_per_pos"] == own.accepted_per_position
     assert found["counters"]["drafts"] == [own.num_drafts]
+
+
+@RUNNERS
+def test_prompts_are_found_in_the_prefix_cache(runner: str):
+    """All whole pages in front of the last token, as without drafting; vLLM 0.26 leaves the last of them out."""
+    found = drafting_fp32(runner)["rounds"][2]["cached"]
+    left_out = {(len(ids) - 1) // PAGE * PAGE - cached for ids, cached in zip(clear(), found, strict=True)}
+    print(f"\n{runner}: {sum(found)} tokens found, left out of a prompt: {left_out}")
+    assert left_out <= {0, PAGE} and sum(found) > 0
+
+
+@RUNNERS
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_ranks_of_tensor_parallelism_draft_as_one(runner: str):
+    answer = run(
+        [round_over(clear())], env=env(runner), dtype="float32", compilation_config=GRAPHS, tensor_parallel_size=2,
+        **SETTINGS,
+    )  # fmt: skip
+    (found,), own = answer["rounds"], expected_of(clear(), 32, NUM_NEW)
+    assert len(answer["facts"]) == 2
+    assert found["tokens"] == plain_of(clear(), NUM_NEW)
+    assert found["counters"]["accepted_tokens_per_pos"] == own.accepted_per_position
+
+
+@RUNNERS
+@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+def test_sampled_text_has_the_base_models_law(tmp_path: Path, runner: str, method: str):
+    """From graphs, which hold the drawing of drafts, too. That a seed repeats a text is promised for V2 alone."""
+    sizes = {"cudagraph_capture_sizes": [4 * rows for rows in (1, 3, 8, 16, 24)]}
+    check_sampling(
+        tmp_path / "small", num_sampled=4800, repeats=runner == "V2", env=env(runner), dtype="float32",
+        speculation={"draft_sample_method": method}, compilation_config=sizes, **SETTINGS,
+    )  # fmt: skip
 
 
 @RUNNERS

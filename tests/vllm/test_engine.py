@@ -204,7 +204,8 @@ def test_checkpoint_alone_is_decoded_plainly():
 
 # Sampling: a model of few tokens, whose law of three of them can be written down
 
-VOCABULARY, NUM_SAMPLED, TEMPERATURE = 24, 480, 0.9
+VOCABULARY, TEMPERATURE, SAMPLED_PROMPT = 24, 0.9, (1, 5, 2, 7, 3)
+NUM_SAMPLED = 480
 
 
 def small_checkpoint(folder: Path) -> Path:
@@ -222,12 +223,12 @@ def small_checkpoint(folder: Path) -> Path:
 
 
 @torch.no_grad()
-def law_of_three(folder: Path, prompt: list[int], *, temperature: float = TEMPERATURE) -> dict[tuple[int, ...], float]:
-    """The probability of every continuation by three tokens."""
+def law_of_three(folder: Path, temperature: float = TEMPERATURE) -> dict[tuple[int, ...], float]:
+    """The probability of every continuation of `SAMPLED_PROMPT` by three tokens."""
     model = OrthrusForCausalLM.from_pretrained(folder, dtype=torch.float32)
     p_PV, paths = torch.ones(1, 1, dtype=torch.float64), [()]
     for _ in range(3):
-        rows = torch.tensor([[*prompt, *path] for path in paths])
+        rows = torch.tensor([[*SAMPLED_PROMPT, *path] for path in paths])
         q_PV = torch.softmax(model(rows).logits[:, -1].double() / temperature, dim=-1)
         p_PV = p_PV.reshape(-1, 1) * q_PV
         paths = [(*path, token) for path in paths for token in range(VOCABULARY)]
@@ -242,31 +243,41 @@ def chi_squared(found: Counter, law: dict[tuple[int, ...], float]) -> tuple[floa
     return sum((n - e) ** 2 / e for n, e in cells), len(cells) - 1
 
 
-@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
-def test_sampled_text_has_the_base_models_law(tmp_path: Path, method: str):
-    folder, prompt = small_checkpoint(tmp_path / "small"), [1, 5, 2, 7, 3]
-    sampling = {"temperature": TEMPERATURE, "max_tokens": 3, "ignore_eos": True, "detokenize": False}
-    one = round_over([prompt] * NUM_SAMPLED, **sampling)
-    seeded = [
-        round_over([prompt] * rows, **{**sampling, "seed": seed, "max_tokens": 24})
-        for rows, seed in ((1, 7), (3, 7), (1, 8))
-    ]
-    answer, *seeded = run(
-        [one, *seeded], model_name=folder, block_size=4, env=V2, speculation={"draft_sample_method": method}, seed=1,
-        skip_tokenizer_init=True, max_model_len=256,
-    )["rounds"]  # fmt: skip
-    alone, together, other = (one["tokens"] for one in seeded)
-    assert together == alone * 3, "a seed repeats a text, whoever decodes beside it"
-    assert other != alone and len(alone[0]) == 24
+def check_law(answer: dict[str, Any], folder: Path) -> None:
+    """A round's texts, of three tokens behind `SAMPLED_PROMPT`, have the base model's law, whose test is sharp enough
+    to tell it from a colder one."""
     num_drafted, num_accepted = answer["counters"]["draft_tokens"][0], answer["counters"]["accepted_tokens"][0]
     assert 0 < num_accepted < num_drafted, "both ways a draft can go must be taken"
     found = Counter(map(tuple, answer["tokens"]))
-    statistic, freedom = chi_squared(found, law_of_three(folder, prompt))
+    statistic, freedom = chi_squared(found, law_of_three(folder))
+    print(f"\nchi-squared {statistic:.1f} of {freedom}, {num_accepted} of {num_drafted} drafts kept")
     assert freedom >= 10
     # Mean + 4 standard deviations of the chi-squared law: a right sampler fails one time in some thousands.
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5
-    colder, freedom = chi_squared(found, law_of_three(folder, prompt, temperature=0.8 * TEMPERATURE))
+    colder, freedom = chi_squared(found, law_of_three(folder, 0.8 * TEMPERATURE))
     assert colder > freedom + 4 * (2 * freedom) ** 0.5, "too few samples to tell a law from another"
+
+
+def check_sampling(folder: Path, *, num_sampled: int = NUM_SAMPLED, repeats: bool = True, **settings: Any) -> None:
+    """Sampled text has the base model's law, and a seed repeats it, whoever decodes beside it."""
+    prompt, sampling = list(SAMPLED_PROMPT), {"temperature": TEMPERATURE, "ignore_eos": True, "detokenize": False}
+    small_checkpoint(folder)
+    seeded = [
+        round_over([prompt] * rows, **sampling, seed=seed, max_tokens=24) for rows, seed in ((1, 7), (3, 7), (1, 8))
+    ]
+    answer, *seeded = run(
+        [round_over([prompt] * num_sampled, **sampling, max_tokens=3), *seeded],
+        model_name=folder, block_size=4, seed=1, skip_tokenizer_init=True, max_model_len=256, **settings,
+    )["rounds"]  # fmt: skip
+    alone, together, other = (one["tokens"] for one in seeded)
+    assert other != alone and len(alone[0]) == 24
+    assert not repeats or together == alone * 3
+    check_law(answer, folder)
+
+
+@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+def test_sampled_text_has_the_base_models_law(tmp_path: Path, method: str):
+    check_sampling(tmp_path / "small", env=V2, speculation={"draft_sample_method": method})
 
 
 # Refusals, through the door that users use
