@@ -25,9 +25,11 @@ from benchmarks.gpu import COLD_BYTES, MODELS, in_processes, microseconds, produ
 from torch import Tensor
 
 from orthrus.engine.kernels import head, linear
-from orthrus.engine.kernels.linear import ROWS, SHARED_BYTES, Tiles, tiles_of_shape
+from orthrus.engine.kernels.linear import ROWS, SHARED_BYTES, TMA_TILE, Execution, Tiles, tiles_of_shape
 from orthrus.engine.quantise import quantise_weight
 
+Choice = tuple[Tiles, Execution | None]
+"""How a product is cut, and how it runs where that is not what the cut says."""
 REPLAYS = 8
 FEW_ROWS = {32: 2.0, 1: 1.0}
 """Rows that a choice is timed at, and the weight of each: a cycle and an AR step."""
@@ -46,13 +48,15 @@ def choices(name: str, weight_bytes: int) -> Iterator[Tiles]:
             yield Tiles(block_e, block_k, splits, warps, stages)
 
 
-def executions(tiles: Tiles, weight_bytes: int, most: int) -> Iterator[Tiles]:
-    """The same cut of a sum, run otherwise, for up to so many rows."""
-    yield tiles
+def executions(tiles: Tiles, name: str, weight_bytes: int, most: int) -> Iterator[Execution]:
+    """Ways to run the same cut of a sum, for up to so many rows."""
     for (block_e, warps), stages in itertools.product(((64, 4), (128, 4), (128, 8), (256, 8)), (2, 3, 4, 6)):
         stage_bytes = tiles.BLOCK_K * (block_e + min(most, 128)) * weight_bytes
         if stages * stage_bytes <= SHARED_BYTES and (stages > 2 or 3 * stage_bytes > SHARED_BYTES):
-            yield tiles._replace(BLOCK_E=block_e, num_warps=warps, num_stages=stages)
+            yield Execution(block_e, warps, stages)
+        fetched_bytes = TMA_TILE["BLOCK_K"] * (block_e + TMA_TILE["BLOCK_R"]) * weight_bytes
+        if weight_bytes == 2 and most >= 128 and stages * fetched_bytes <= SHARED_BYTES:
+            yield Execution(block_e, warps, stages, by_tma=True)
 
 
 def call(name: str, x_RD: Tensor, weight: Tensor, scale: Tensor | None, residual: Tensor, norm: Tensor) -> Any:
@@ -66,31 +70,37 @@ def call(name: str, x_RD: Tensor, weight: Tensor, scale: Tensor | None, residual
     return linear.linear_and_norm(x_RD, weight, norm_E=norm, eps=1e-6, residual_RE=residual, scale_E=scale)
 
 
-def compile_some(work: list[tuple[str, Tiles]], is_fp8: bool, row_counts: tuple[int, ...]) -> None:
+def choose(key: tuple[int, int, int], tiles: Tiles, execution: Execution | None) -> None:
+    """Have products of this shape cut and run like this."""
+    linear.TILES[key] = tiles
+    linear.BY_ROWS[key] = {} if execution is None else dict.fromkeys(ROWS, execution)
+
+
+def compile_some(work: list[tuple[str, Choice]], is_fp8: bool, row_counts: tuple[int, ...]) -> None:
     """Compile the kernels of these choices, over operands of any size."""
-    for name, tiles in work:
+    for name, choice in work:
         weight = torch.zeros(1024, 2048, device="cuda", dtype=torch.bfloat16)
         scale = None
         if is_fp8:
             weight, scale = quantise_weight(weight)
-        linear.TILES[1024, 2048, weight.element_size()] = tiles
+        choose((1024, 2048, weight.element_size()), *choice)
         for rows in row_counts:
             x, residual = (torch.zeros(rows, n, device="cuda", dtype=torch.bfloat16) for n in (2048, 1024))
             try:
                 call(name, x, weight, scale, residual, residual[0])
             except Exception as error:  # noqa: BLE001 - one that does not fit is not chosen
-                print(f"# {name} {tuple(tiles)}: {type(error).__name__}", flush=True)
+                print(f"# {name} {choice}: {type(error).__name__}", flush=True)
     torch.cuda.synchronize()
 
 
-def compile_all(work: list[tuple[str, Tiles]], is_fp8: bool, row_counts: tuple[int, ...], processes: int) -> None:
+def compile_all(work: list[tuple[str, Choice]], is_fp8: bool, row_counts: tuple[int, ...], processes: int) -> None:
     """Compile in parallel."""
     in_processes(compile_some, [work[i::processes] for i in range(processes)], is_fp8, row_counts)
 
 
 def best_tiles(
-    name: str, shape: tuple[int, int], tried: list[Tiles], *, is_fp8: bool, rows: dict[int, float]
-) -> tuple[Tiles, list[float]]:
+    name: str, shape: tuple[int, int], tried: list[Choice], *, is_fp8: bool, rows: dict[int, float]
+) -> tuple[Choice, list[float]]:
     """The fastest choice, and its microseconds at each number of rows, which `rows` weighs."""
     num_outputs, width = shape
     weight = torch.randn(shape, device="cuda", dtype=torch.bfloat16) / width**0.5
@@ -101,19 +111,19 @@ def best_tiles(
     inputs = [torch.randn(count, width, device="cuda", dtype=torch.bfloat16) for count in rows]
     residuals = [torch.randn(count, num_outputs, device="cuda", dtype=torch.bfloat16) for count in rows]
     found = []
-    for tiles in tried:
-        linear.TILES[num_outputs, width, weight.element_size()] = tiles
+    for choice in tried:
+        choose((num_outputs, width, weight.element_size()), *choice)
         try:
             us = [
                 microseconds([partial(call, name, x, one, scale, r, r[0]) for one in copies], x.device, repeats=REPLAYS)
                 for x, r in zip(inputs, residuals, strict=True)
             ]
         except Exception as error:  # noqa: BLE001
-            print(f"# {name} {tuple(tiles)}: {type(error).__name__}", flush=True)
+            print(f"# {name} {choice}: {type(error).__name__}", flush=True)
             continue
-        found.append((sum(weight * one for weight, one in zip(rows.values(), us, strict=True)), tiles, us))
-    _, tiles, us = min(found)
-    return tiles, us
+        found.append((sum(weight * one for weight, one in zip(rows.values(), us, strict=True)), choice, us))
+    _, choice, us = min(found, key=lambda one: one[0])
+    return choice, us
 
 
 def line(model: str, name: str, key: tuple[int, int, int], found: str, rows: dict[int, float], us: list[float]) -> str:
@@ -145,19 +155,22 @@ def main() -> None:
         tried = {}
         for model, name in itertools.product(options.model, options.product):
             key = (*product_shapes(MODELS[model])[name], weight_bytes)
-            some = choices(name, weight_bytes) if most is None else executions(tiles_of_shape(*key), weight_bytes, most)
+            if most is None:
+                some: list[Choice] = [(tiles, None) for tiles in choices(name, weight_bytes)]
+            else:
+                tiles = tiles_of_shape(*key)
+                some = [(tiles, None), *((tiles, one) for one in executions(tiles, name, weight_bytes, most))]
             tried[model, name] = list(dict.fromkeys(some))
         work = dict.fromkeys((name, tiles) for (_, name), some in tried.items() for tiles in some)
         compile_all(list(work), precision == "fp8", tuple(rows)[: 1 if most else None], options.processes)
         print(f"# {precision}, {most or 'few'} rows: compiled at {time.perf_counter() - begun:.0f} s", flush=True)
         for (model, name), some in tried.items():
             shape = product_shapes(MODELS[model])[name]
-            tiles, us = best_tiles(name, shape, some, is_fp8=precision == "fp8", rows=rows)
+            (tiles, execution), us = best_tiles(name, shape, some, is_fp8=precision == "fp8", rows=rows)
             found = f"Tiles{tuple(tiles)}"
             if most is not None:
-                execution = tiles.BLOCK_E, tiles.num_warps, tiles.num_stages
-                found = f"{most}: Execution{execution}"
-            lines.append((*shape, weight_bytes, most, *tiles))
+                found = f"{most}: " + ("as in TILES" if execution is None else f"Execution{tuple(execution)}")
+            lines.append((*shape, weight_bytes, most, *tiles, execution))
             print(line(model, name, (*shape, weight_bytes), found, rows, us), flush=True)
     print(json.dumps({"tiles": lines, "hardware": torch.cuda.get_device_name()}))
 

@@ -15,9 +15,7 @@ from tests.engine.passes import fp32, in_fp32, of_rows, planted, random_pages
 attention = pytest.importorskip("orthrus.engine.kernels.attention")
 
 SCALE = 0.3
-TILES = (dict(TILE_M=16, num_warps=4, num_stages=1), dict(TILE_M=64, num_warps=4, num_stages=1))
-
-REAL_NAMES = ("FIRST_SLOTS", "SHARE", "DOUBLINGS", "TILE_K", "MERGE", "ALL_PROGRAMS")
+REAL_NAMES = ("FIRST_SLOTS", "SHARE", "DOUBLINGS", "TILES", "MERGE", "ALL_PROGRAMS")
 REAL = {name: getattr(attention, name) for name in REAL_NAMES}
 
 HOW = {"splits": 1 << 40, "whole rows": 0}
@@ -32,13 +30,18 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     for name, value in dict(FIRST_SLOTS=16, SHARE=2, DOUBLINGS=2, ALL_PROGRAMS=0).items():
         monkeypatch.setattr(attention, name, value)
-    monkeypatch.setattr(attention, "TILE_K", {2: 16, 4: 16})
+    tile_by(monkeypatch, 32)
     monkeypatch.setattr(attention, "MERGE", dict(TILE_M=64, num_warps=4, AHEAD=3))
 
 
 def as_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in REAL.items():
         monkeypatch.setattr(attention, name, value)
+
+
+def tile_by(monkeypatch: pytest.MonkeyPatch, num_heads: int) -> None:
+    tile = dict(TILE_M=num_heads, TILE_K=16, num_warps=4, num_stages=1)
+    monkeypatch.setattr(attention, "TILES", {2: tile, 4: tile})
 
 
 def spread_by(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
@@ -123,17 +126,17 @@ def check_bits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float
 
     In fp32, since rounding to bf16 hides most of what the order of sums changes.
     """
-    if DEVICE == "cpu":  # a GPU's fp32 products are summed as a tile's shape has it: there, the tiles that are used
-        monkeypatch.setattr(attention, "PART_TILES", {2: TILES[0], 4: TILES[0]})
-        monkeypatch.setattr(attention, "ALL_TILES", {2: TILES[1], 4: TILES[1]})
     width, lengths = 6, [0, 31, 125]
-    spread_by(monkeypatch, "whole rows")
     pages = random_pages(lengths, width, num_groups=1, head_dim=16, page_slots=8, table_pages=24, dtype=dtype)
-    q = heads(len(lengths) * width, 4, 16, dtype)  # 24 query heads of a key head: the larger tile
-    together = attention.attend(q, pages, width=width, scale=SCALE).unflatten(0, (-1, width))
-    spread_by(monkeypatch, "splits")
-    again = attention.attend(q, pages, width=width, scale=SCALE).unflatten(0, (-1, width))
-    assert torch.equal(again, together), "bits depend on how the pass is spread"
+    q = heads(len(lengths) * width, 4, 16, dtype)  # 24 query heads of a key head
+    found = {}
+    for how, tile in (("splits", 16), ("whole rows", 64)):
+        spread_by(monkeypatch, how)
+        if DEVICE == "cpu":  # a GPU's fp32 products are summed as a tile's shape has it: there, the tiles that are used
+            tile_by(monkeypatch, tile)
+        found[how] = attention.attend(q, pages, width=width, scale=SCALE).unflatten(0, (-1, width))
+    together = found["whole rows"]
+    assert torch.equal(found["splits"], together), "bits depend on how the pass is spread"
     spread_by(monkeypatch, "whole rows")
     rows = [2, 1]
     some = attention.attend(
@@ -241,8 +244,8 @@ def test_the_scratch_stays_small(monkeypatch) -> None:
     assert (alone.num_tiles, alone.num_splits) == (1, 4)
 
 
-def test_many_wide_rows_are_read_whole(monkeypatch) -> None:
-    """Where programs suffice, but not for the single position of plain decoding, nor for narrow blocks."""
+def test_many_rows_are_read_whole(monkeypatch) -> None:
+    """Where programs suffice: wide blocks of some rows, and anything of many, unless a long one could delay them."""
     as_it_runs(monkeypatch)
     pool = torch.empty(1, 64, 8, 128)
 
@@ -253,6 +256,7 @@ def test_many_wide_rows_are_read_whole(monkeypatch) -> None:
 
     assert [is_whole(num_rows, 32) for num_rows in (1, 4, 8, 64)] == [False, False, True, True]
     assert [is_whole(num_rows, 8) for num_rows in (8, 16, 32)] == [False, True, True]
-    assert not is_whole(8, 32, 640), "64 programs of 40k slots each would leave half of the processors idle"
-    assert [is_whole(16, width, 128) for width in (8, 32)] == [False, True]
-    assert not any(is_whole(64, width) for width in (1, 4))
+    assert [is_whole(num_rows, 1) for num_rows in (16, 23, 24, 64)] == [False, False, True, True]
+    assert [is_whole(16, width, 128) for width in (4, 8, 32)] == [False, False, True]
+    assert not is_whole(4, 32, 640), "64 programs of 40k slots each would leave half of the processors idle"
+    assert [is_whole(64, 1, num_pages) for num_pages in (64, 128)] == [True, False], "one row may be the only long one"

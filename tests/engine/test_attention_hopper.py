@@ -23,7 +23,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from orthrus.engine.kernels import attention_kernels, place_kernels
-from orthrus.engine.kernels.attention import ALL_TILES, DOUBLINGS, FIRST_SLOTS, MERGE, PART_TILES, SHARE, TILE_K
+from orthrus.engine.kernels.attention import DOUBLINGS, FIRST_SLOTS, MERGE, SHARE, TILES
 from orthrus.engine.kernels.place import TILE
 
 FP32 = dict.fromkeys(("ACC", "PEAK", "TOTAL", "QKV"), "*fp32")
@@ -64,26 +64,24 @@ def split(tile):
 
 
 HEADS = dict(H=128, BLOCK_H=128, HOPPER=True, FIRST=FIRST_SLOTS, SHARE=SHARE, DOUBLINGS=DOUBLINGS)
-READ = HEADS | dict(GROUP=4, S=64, TILE_K=TILE_K[2], BY="tf32")
+READ = HEADS | dict(GROUP=4, S=64, BY="tf32")
 AR, DRAFT = dict(OWN_K=None, OWN_V=None, WIDTHS=None, HAS_OWN=False), dict(HAS_OWN=True)
-few, many = split(PART_TILES[2]), split(ALL_TILES[2])
+options, tile = split(TILES[2])
 products = set()
-for options, tile in (few, many):
-    for how in (AR, DRAFT):
-        code = ptx(attention_kernels.read_part, options, **READ | tile | how)
-        copied = code.count("cp.async.cg.shared.global") * 16 * 32 * options["num_warps"]
-        num_tiles = copied / (2 * TILE_K[2] * 128 * 2)  # of keys and values: those before a loop and one in it
-        # Two loops: tiles that all queries see, and the rest.
-        assert num_tiles == 2 * options["num_stages"], f"too few keys are loaded ahead: {num_tiles} tiles"
-        assert not spilled(code), f"registers spill: {tile}, {how}"
-        check_wait(code, num_ahead=3 if how is DRAFT else 2)
-        products.add(frozenset(re.findall(r"wgmma[.]mma_async\\S*", code)))
-assert len(products) == 1 and all(products), f"tiles of different sizes run different products: {products}"
-options, tile = many
 for how in (AR, DRAFT):
+    code = ptx(attention_kernels.read_part, options, **READ | tile | how)
+    copied = code.count("cp.async.cg.shared.global") * 16 * 32 * options["num_warps"]
+    num_tiles = copied / (2 * tile["TILE_K"] * 128 * 2)  # of keys and values: those before a loop and one in it
+    # Two loops: tiles that all queries see, and the rest.
+    assert num_tiles == 2 * options["num_stages"], f"too few keys are loaded ahead: {num_tiles} tiles"
+    assert not spilled(code), f"registers spill: splits, {how}"
+    check_wait(code, num_ahead=3 if how is DRAFT else 2)
+    products.add(frozenset(re.findall(r"wgmma[.]mma_async\\S*", code)))
     code = ptx(attention_kernels.read_all, options, **READ | tile | how)
-    assert not spilled(code), f"registers spill: whole rows, {how}"
+    assert spilled(code) <= 64, f"registers spill: whole rows, {how}"  # some do; fewer heads or more warps are slower
     check_wait(code)
+    products.add(frozenset(re.findall(r"wgmma[.]mma_async\\S*", code)))
+assert len(products) == 1 and all(products), f"splits and whole rows run different products: {products}"
 options, tile = split(MERGE)
 check_wait(ptx(attention_kernels.merge, options, HAS_OWN=True, **HEADS | tile), num_ahead=2)
 options, tile = split(TILE)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from orthrus.decoding.decoder import Decoder
+from orthrus.engine.engine import MIN_CHUNK_COLUMNS
 from orthrus.engine.graphs import Graphs
 from orthrus.engine.passes import Inputs, Shape
 from tests.decoding.subjects import decode_all, random_prompt, request, stock_text
@@ -76,6 +77,26 @@ def test_a_cycle_reads_nothing_but_its_buffers():
         for i, prompt in enumerate(prompts):
             assert texts[i] == stock_text(prompt, 20 + 15 * i)
     assert recorder.num_replays > 2 * recorder.num_captures > 0
+
+
+def test_prompts_of_many_lengths_share_few_graphs():
+    """Chunks are padded to a few widths, but not beyond the last position that has angles."""
+    recorder = Recorder()
+    backend = engine(graphs=Graphs(recorder))
+    decoder, seen = Decoder(backend), []
+    run = backend.passes.run
+    backend.passes.run = lambda view, inputs: seen.append(inputs.shape) or run(view, inputs)
+    for num_tokens in (3, 64, 65, 100, 128, 70, 129, 200):
+        prompt = random_prompt(num_tokens, seed=num_tokens)
+        texts, _ = decode_all(decoder, [request(prompt, 1)])
+        assert texts == [stock_text(prompt, 1)]
+    assert [shape.num_columns for shape in seen] == [64, 64, 128, 128, 128, 128, 256, 256]
+    assert len(set(seen)) == recorder.num_captures == 3
+    prompt = random_prompt(240)
+    row = decoder.admit(request(prompt[:220], 1)).row
+    last = decoder.admit(request(prompt, 1), reuse_row=row)
+    assert list(last.token_ids) == stock_text(prompt, 1)
+    assert seen[-1].num_columns < MIN_CHUNK_COLUMNS, "angles end behind 256 positions and a block"
 
 
 def test_without_a_capture_everything_runs_as_it_is():

@@ -32,7 +32,7 @@ def ptx(kernel, types, **constants):
     types = {name: types.get(name, POINTERS.get(name, "i32")) for name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else kind for name, kind in types.items()}
     at = {name: (kernel.arg_names.index(name),) for name in kernel.arg_names}
-    aligned = {at[n]: [["tt.divisibility", 16]] for n, kind in signature.items() if kind not in ("constexpr", "fp32")}
+    aligned = {at[n]: [["tt.divisibility", 16]] for n, kind in signature.items() if kind[0] in "*i"}
     source = ASTSource(kernel, signature, {at[name]: value for name, value in constants.items()}, aligned)
     options = dict(num_warps=4, num_stages=3, enable_fp_fusion=False)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
@@ -58,6 +58,22 @@ products = [
     ptx(multiply, {}, SPLITS=1, SPREAD=False, GATED=False, **TILE | dict(WHOLE=False), **NONE, num_rows=1),
     ptx(head_kernels.tile_largest, {}, SPLITS=1, **TILE, X_SCALE=None, SCALE=None, DTYPE=tl.bfloat16),
 ]
+def tiles(num_outputs):
+    return dict(X="tensordesc<bf16[128, 64]>", W=f"tensordesc<bf16[{num_outputs}, 64]>")
+
+
+FETCHED = dict(BLOCK_R=128, BLOCK_K=64, HOPPER=True)
+by_tma = [
+    ptx(linear_kernels.multiply_by_tma, tiles(64), SPLITS=1, SPREAD=False, GATED=True, BLOCK_E=128, **FETCHED,
+        SCALE=None, BIAS=None, RESIDUAL=None),
+    ptx(linear_kernels.multiply_by_tma, tiles(64) | dict(OUT="*fp32"), SPLITS=1, SPREAD=True, GATED=False, BLOCK_E=64,
+        **FETCHED, SCALE=None, BIAS=None, RESIDUAL=None),
+    ptx(linear_kernels.multiply_by_tma, tiles(128), SPLITS=4, SPREAD=False, GATED=False, BLOCK_E=128, **FETCHED),
+    ptx(head_kernels.tile_largest_by_tma, tiles(64), BLOCK_E=64, **FETCHED, SCALE=None, DTYPE=tl.bfloat16),
+]
+for one in by_tma:
+    check_wait(one)
+    assert "wgmma" in one and "cp.async.bulk.tensor.2d" in one, "tiles are not fetched for Hopper's products"
 for one in products:
     check_wait(one)
     assert "wgmma" in one, "the product is not one of Hopper's"

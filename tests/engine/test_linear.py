@@ -10,10 +10,11 @@ from torch import Tensor
 from orthrus.engine import reference
 from orthrus.engine.quantise import quantise_rows
 from tests.engine.interpreter import DEVICE, gpu_arithmetic  # noqa: F401
-from tests.engine.products import NUM_ROWS, PLACES, SHAPES, cut, draw, weight_of
+from tests.engine.products import NUM_ROWS, PLACES, SHAPES, SPREAD_ROWS, cut, draw, weight_of
 
 triton = pytest.importorskip("triton")
 from orthrus.engine.kernels import linear as kernels  # noqa: E402
+from orthrus.engine.kernels import linear_kernels  # noqa: E402
 from orthrus.engine.kernels.head import head_argmax  # noqa: E402
 from orthrus.engine.kernels.linear import linear, linear_and_norm, swiglu  # noqa: E402
 from orthrus.engine.kernels.norm import rms_norm  # noqa: E402
@@ -186,13 +187,92 @@ def test_larger_tiles_for_many_rows_change_no_bit(name: str, monkeypatch: pytest
         assert torch.equal(head_argmax(some, weight), largest[:num_rows])
 
 
+FETCHED = {
+    "linear": (74, 296, kernels.Tiles(64, 32, 3, 4, 3)),  # the last part is shorter, its last block not whole
+    "swiglu": (74, 72, kernels.Tiles(64, 32, 1, 4, 3)),
+    "linear_and_norm": (74, 200, kernels.Tiles(64, 32, 2, 4, 3)),
+    "parts": (74, 296, kernels.Tiles(64, 32, 3, 4, 3)),
+}
+"""Shapes whose tiles can be fetched."""
+
+
+def sum_of_parts(x: Tensor, weight: Tensor, *, scale_E: None) -> Tensor:
+    """In order, as kernels add them."""
+    total, *others = kernels.parts(x, weight, scale_E)
+    for other in others:
+        total = total + other
+    return total
+
+
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels of products that are launched from here on, by name."""
+    found = []
+
+    class Recorded:
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("multiply"):
+                found.append(name)
+            return getattr(linear_kernels, name)
+
+    monkeypatch.setattr(kernels, "kernels", Recorded())
+    return found
+
+
+@pytest.mark.parametrize("name", FETCHED)
+def test_fetched_tiles_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts spread over programs (66 rows), and not. Parts are fp32: rounding hides none of their bits."""
+    run, names, scale_name = (RUNS | {"parts": (sum_of_parts, (), "scale_E")})[name]
+    num_outputs, width, tiles = FETCHED[name]
+    dtype = torch.bfloat16
+    x, weight = draw(NUM_ROWS, width, dtype=dtype), draw(num_outputs, width, dtype=dtype) / width**0.5
+    key = (num_outputs, width, weight.element_size())
+    monkeypatch.setattr(kernels, "MAX_SPREAD_ROWS", SPREAD_ROWS)
+    monkeypatch.setitem(kernels.TILES, key, tiles)
+    after = epilogue(names, NUM_ROWS, num_outputs, dtype) | {scale_name: None}
+    expected = run(x, weight, **after)
+    monkeypatch.setattr(kernels, "is_hopper", lambda device: True)
+    monkeypatch.setitem(kernels.BY_ROWS, key, dict.fromkeys((128, 256), kernels.Execution(64, 4, 3, by_tma=True)))
+    of_kernels = launched(monkeypatch)
+    for num_rows in (66, NUM_ROWS):
+        assert torch.equal(run(x[:num_rows], weight, **of_rows(after, list(range(num_rows)))), expected[:num_rows])
+    assert of_kernels == ["multiply_by_tma"] * 2
+
+
+def test_tiles_are_fetched_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "is_hopper", lambda device: True)
+    half = torch.bfloat16
+    x, weight, tiles = draw(3, 128, dtype=half), draw(8, 128, dtype=half), kernels.Tiles(64, 32, 2, 4, 3)
+
+    def can(x: Tensor, weight: Tensor, tiles: Any = tiles, **how: bool) -> bool:
+        return kernels.can_fetch(x, weight, tiles, **{"has_one_part": False} | how)
+
+    assert can(x, weight) and can(draw(3, 2, 128, dtype=half)[:, 1], weight)
+    assert not can(x, weight.to(torch.float8_e4m3fn)), "rows are quantised on the way"
+    assert not can(x.float(), weight.float()), "fp32 is multiplied as fp32, which takes another instruction"
+    assert not can(draw(3, 124, dtype=half), draw(8, 124, dtype=half)), "248 bytes are not counted in 16s"
+    assert not can(draw(3 * 128 + 1, dtype=half)[1:].view(3, 128), weight), "nor is a start of 2 bytes"
+    assert not can(x, weight, tiles._replace(SPLITS=4)), "a part of 32 inputs ends within a tile"
+    assert not can(x, weight, has_one_part=True) and can(x, weight, tiles._replace(SPLITS=1), has_one_part=True)
+    monkeypatch.setattr(kernels, "is_hopper", lambda device: False)
+    assert not can(x, weight)
+
+
+def test_shapes_that_nobody_measured_are_fetched_for_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "is_hopper", lambda device: True)
+    weight = torch.zeros(97, 64, dtype=torch.bfloat16)
+    assert [kernels.execution_of(weight, rows) for rows in (128, 129, 4096)] == [None, *[kernels.MANY_ROWS] * 2]
+    assert kernels.execution_of(weight.float(), 4096) is None
+    monkeypatch.setattr(kernels, "is_hopper", lambda device: False)
+    assert kernels.execution_of(weight, 4096) is None
+
+
 def test_larger_tiles_are_for_as_many_rows_as_they_were_measured_at(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.zeros(96, 32)
-    named = {rows: kernels.Execution(rows, 4, 2) for rows in (16, 64, 512)}
+    named = {rows: kernels.Execution(rows, 4, 2) for rows in (16, 64, 1024)}
     monkeypatch.setitem(kernels.BY_ROWS, (96, 32, 4), named)
-    for measured, some in ((16, (1, 16)), (64, (33, 64)), (512, (257, 512, 4096))):
+    for measured, some in ((16, (1, 16)), (64, (33, 64)), (1024, (513, 1024, 4096))):
         assert {kernels.execution_of(weight, rows) for rows in some} == {named[measured]}
-    assert {kernels.execution_of(weight, rows) for rows in (17, 32, 65, 128, 129, 256)} == {None}
+    assert {kernels.execution_of(weight, rows) for rows in (17, 32, 65, 128, 129, 512)} == {None}
 
 
 def test_a_sum_in_other_parts_has_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:

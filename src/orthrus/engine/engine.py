@@ -8,7 +8,7 @@ chunks end, or on what a cache kept from earlier; a row that is preempted and co
 rests on the kernels. Where their twins run (a CPU), it holds up to rounding: in fp32 the text is the same (L0).
 
 Shapes are rounded up so that there are few (`bucket`): rows and tables to powers of two, columns to powers of two and
-the block size.
+the block size, or, of a chunk of a prompt, at least MIN_CHUNK_COLUMNS.
 
     B = rows, W = positions of a pass, J = W - 1 drafts, V = vocabulary, D = hidden width
 """
@@ -35,6 +35,8 @@ PAGE_SLOTS = 64
 """Slots of a page: divides the 256 slots that attention splits at."""
 MIN_TABLE_PAGES = 4
 """The smallest table of a pass: one split of attention."""
+MIN_CHUNK_COLUMNS = 64
+"""The narrowest pass over a chunk of a prompt that is captured: it takes about as long as one of a single position."""
 FREE_SHARE = 0.9
 """The part of a GPU's free memory that pages get unless told; the rest is for what a pass computes."""
 RESERVED_BYTES = SCORES_BYTES + KEPT_BYTES + 2**28
@@ -99,6 +101,8 @@ class EngineBackend:
         )
         self.graphs = Graphs.on(self.device) if graphs is None else graphs
         self._inputs: dict[Shape, Inputs] = {}
+        self._chunk_inputs: dict[Shape, Inputs] = {}
+        self._chunk_hidden_RD: Tensor | None = None
         self.looks_ahead: bool = self.device.type == "cuda" if looks_ahead is None else looks_ahead
         self._ahead: _Ahead | None = None
         self._settings: Settings | None = None
@@ -196,16 +200,43 @@ class EngineBackend:
         check_context(row.max_tokens, self.max_positions)
 
     def _prefill_pass(self, row: Row, start: int, stop: int) -> Tensor:
-        """The AR view over the row's tokens start .. stop - 1, which become part of its cache. [stop - start, D]."""
+        """The AR view over the row's tokens start .. stop - 1, which become part of its cache. [stop - start, D].
+
+        Columns that pad it, as those of a cycle, write behind the row's length, and what they write is never seen.
+        """
         self._make_writable(row.index, start, stop)
-        num_pages = bucket(max(self.pool.num_pages_of(stop), MIN_TABLE_PAGES))
-        shape = Shape(1, stop - start, num_pages)
-        inputs = Inputs(shape, spare_page=self._spare_page, like_VD=self.weights.embedding_VD)
-        inputs.write([row.tokens[start]], [start], [0], [self.tables.pages(row.index)[:num_pages]])
-        inputs.ids_BW.copy_(torch.tensor([row.tokens[start:stop]]))
-        hidden_RD = self.passes.run("ar", inputs)
+        inputs = self._inputs_of_chunk(start, stop)
+        pages = self.tables.pages(row.index)[: self.pool.num_pages_of(stop)]
+        inputs.write([row.tokens[start]], [start], [0], [pages])
+        inputs.write_ids(row.tokens[start:stop])
+        if self._chunk_inputs.get(inputs.shape) is inputs:
+            self.graphs.run(self.passes.prefill, inputs)
+        else:
+            self.passes.prefill(inputs)
         self.tables.commit(row.index, stop - start)
-        return hidden_RD
+        return inputs.hidden_RD[: stop - start]
+
+    def _inputs_of_chunk(self, start: int, stop: int) -> Inputs:
+        """Buffers for tokens start .. stop - 1 of a prompt.
+
+        Kept where passes are captured, at a few widths, all with one buffer for hidden states; made anew for a chunk of
+        its own width, where they are not, or where it is too long, or padding would have no angles.
+        """
+        num_columns = bucket(max(stop - start, MIN_CHUNK_COLUMNS), largest=PREFILL_CHUNK)
+        is_kept = self.graphs.captures and num_columns <= PREFILL_CHUNK
+        if not is_kept or start + num_columns > len(self.passes.rotary.cos_TH):
+            num_columns, is_kept = stop - start, False
+        num_pages = bucket(max(self.pool.num_pages_of(start + num_columns), MIN_TABLE_PAGES))
+        shape = Shape(1, num_columns, num_pages)
+        if is_kept and shape in self._chunk_inputs:
+            return self._chunk_inputs[shape]
+        inputs = Inputs(shape, spare_page=self._spare_page, like_VD=self.weights.embedding_VD)
+        if is_kept:
+            if self._chunk_hidden_RD is None:
+                self._chunk_hidden_RD = inputs.hidden_RD.new_zeros(PREFILL_CHUNK, inputs.hidden_RD.shape[1])
+            inputs.hidden_RD = self._chunk_hidden_RD[:num_columns]
+            self._chunk_inputs[shape] = inputs
+        return inputs
 
     def _batch(self, rows: Sequence[Row], inputs: Inputs | None) -> tuple[Inputs, bool]:
         """Buffers with this batch in them and pages for all that it may commit: the given ones, or those of its shape.

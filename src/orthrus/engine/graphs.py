@@ -41,6 +41,11 @@ class Graphs:
         return cls(cuda_capture() if device.type == "cuda" else None)
 
     @property
+    def captures(self) -> bool:
+        """Whether what runs again is replayed."""
+        return self._capture is not None
+
+    @property
     def num_captured(self) -> int:
         """Graphs that are kept."""
         return sum(captured is not None for captured in self._captured.values())

@@ -106,6 +106,11 @@ class Inputs:
             self._widths = None
         self._write_pages(pages)
 
+    def write_ids(self, ids: Sequence[int]) -> None:
+        """Put in the tokens of a single row; columns behind them keep whatever was there."""
+        there = torch.tensor(ids, pin_memory=self.ids_BW.is_cuda)
+        self.ids_BW[0, : len(ids)].copy_(there, non_blocking=True)
+
     def _write_pages(self, pages: Sequence[Sequence[int]]) -> None:
         padding = [()] * (self.shape.num_rows - len(pages))
         for b, own in enumerate([*pages, *padding]):
@@ -221,6 +226,10 @@ class Passes:
         return self.ops.linear(hidden.flatten(0, -2), self.weights.head["ar"].weight_ED).unflatten(0, hidden.shape[:-1])
 
     # What is captured: functions of `inputs` alone that leave their results in it.
+
+    def prefill(self, inputs: Inputs) -> None:
+        """The AR view over a chunk of a prompt, into `hidden_RD`."""
+        inputs.hidden_RD.copy_(self.run("ar", inputs))
 
     def hold_draft(self, inputs: Inputs) -> None:
         """The diffusion view over anchors and masks, into `hidden_RD`; position j of a block predicts j + 1."""

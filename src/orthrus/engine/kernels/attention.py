@@ -40,16 +40,13 @@ SHARE = 8
 DOUBLINGS = 3
 """How often splits double: the largest have FIRST_SLOTS << DOUBLINGS slots."""
 
-TILE_K = {2: 64, 4: 32}
-"""Slots of a tile, by bytes of an element. A constant: it decides the order of sums."""
-
-PART_TILES = {2: dict(TILE_M=64, num_warps=4, num_stages=3), 4: dict(TILE_M=32, num_warps=4, num_stages=1)}
-"""Query heads of a program that reads one split, by bytes of an element. Two programs of 64 a multiprocessor were
-faster on an H200 than one of 128, though both read the keys (docs/experiments.md)."""
-
-ALL_TILES = {2: dict(TILE_M=128, num_warps=8, num_stages=3), 4: dict(TILE_M=32, num_warps=4, num_stages=1)}
-"""Query heads of a program that reads all of a row. In bf16 a warp has 16 of them and all slots of a tile in either
-size, so both give a query the same bits."""
+TILES = {
+    2: dict(TILE_M=64, TILE_K=64, num_warps=4, num_stages=3),
+    4: dict(TILE_M=32, TILE_K=32, num_warps=4, num_stages=1),
+}
+"""Query heads and slots of a tile, by bytes of an element. TILE_K is a constant: it decides the order of sums. Several
+programs of 64 heads on a multiprocessor were faster on an H200 than one of 128, though each reads the keys
+(docs/experiments.md)."""
 
 MERGE = dict(TILE_M=4, num_warps=4, AHEAD=16)
 """Query heads that a program folds the states of, a warp each, and how many states it loads at a time."""
@@ -57,7 +54,7 @@ MERGE = dict(TILE_M=4, num_warps=4, AHEAD=16)
 ALL_PROGRAMS = 128
 """Programs of whole rows that suffice where the scratch would exceed SCRATCH_BYTES: about one a multiprocessor."""
 
-SHORT_SLOTS = 2048
+SHORT_SLOTS = 4096
 """Slots of tables up to which rows count as short in `reads_whole_rows`."""
 
 SCRATCH_BYTES = 64 << 20
@@ -68,8 +65,6 @@ class Plan(NamedTuple):
 
     num_tiles: int
     """Tiles of a row's query heads that share a key head."""
-    tile: dict[str, int]
-    """One of PART_TILES or ALL_TILES."""
     num_splits: int
     """Splits of a row; 0: a program reads all of them."""
 
@@ -97,9 +92,9 @@ def attend(
         FIRST=FIRST_SLOTS, SHARE=SHARE, DOUBLINGS=DOUBLINGS,
     ) | overlap(q_RNH)  # fmt: skip
     sizes_of_read = sizes | dict(
-        GROUP=num_heads // num_groups, S=num_slots, TILE_K=TILE_K[q_RNH.element_size()],
+        GROUP=num_heads // num_groups, S=num_slots,
         BY="ieee" if q_RNH.dtype == torch.float32 else "tf32",  # of no effect below fp32
-    ) | plan.tile  # fmt: skip
+    ) | TILES[q_RNH.element_size()]  # fmt: skip
     by_2, table_pages, heads = scale * LOG2E, pages.tables_BM.shape[1], len(pages.lengths_B) * num_groups
     if not plan.num_splits:
         kernels.read_all[plan.num_tiles, heads](
@@ -134,27 +129,25 @@ def spread(shape: torch.Size, pages: Pages, *, width: int, element_size: int) ->
     num_slots, num_groups = pages.keys_PSGH.shape[1:3]
     splits = num_splits(num_pages * num_slots)
     is_small = _scratch_bytes(splits, num_rows * num_heads, head_dim) <= SCRATCH_BYTES
-    by_row = ALL_TILES[element_size]
-    num_tiles = triton.cdiv(width * num_heads // num_groups, by_row["TILE_M"])
+    num_tiles = triton.cdiv(width * num_heads // num_groups, TILES[element_size]["TILE_M"])
     num_programs = num_tiles * num_batch * num_groups
     if num_programs >= ALL_PROGRAMS and not is_small:
-        return Plan(num_tiles, by_row, 0)
-    of_a_key = width * num_heads // num_groups
-    if of_a_key >= 32 and reads_whole_rows(num_rows * num_heads, num_programs, num_pages * num_slots):
-        return Plan(num_tiles, by_row, 0)
-    by_split = PART_TILES[element_size]
-    return Plan(triton.cdiv(width * num_heads // num_groups, by_split["TILE_M"]), by_split, splits)
+        return Plan(num_tiles, 0)
+    if reads_whole_rows(num_rows * num_heads, num_programs, num_pages * num_slots):
+        return Plan(num_tiles, 0)
+    return Plan(num_tiles, splits)
 
 
 def reads_whole_rows(num_heads: int, num_programs: int, num_slots: int) -> bool:
-    """Whether a pass of so many query heads, at least 32 of a row's for each key head, is faster with whole rows.
+    """Whether a pass of so many query heads is faster with whole rows, by so many programs.
 
-    Measured on an H200 at the shapes of Qwen3-8B and 1.7B, 1k and 8k slots, 1 to 64 rows of 1 to 32 positions
-    (docs/experiments.md): long rows need a program for each multiprocessor, short ones with many heads half as many.
+    Measured on an H200 at the shapes of Qwen3-8B and 1.7B, 1k and 4k slots, 8 to 64 rows of 1 to 32 positions
+    (docs/experiments.md). Tables are as long as the longest row of a batch needs: beyond SHORT_SLOTS a single long row
+    could keep all others waiting, so that many heads must make up for it.
     """
-    if num_programs >= ALL_PROGRAMS:
-        return num_heads >= (8192 if num_slots > SHORT_SLOTS else 4096)
-    return num_slots <= SHORT_SLOTS and 2 * num_programs >= ALL_PROGRAMS and num_heads >= 8192
+    if num_slots > SHORT_SLOTS:
+        return num_programs >= ALL_PROGRAMS and num_heads >= 8192
+    return num_programs >= 192 or (num_programs >= ALL_PROGRAMS and num_heads >= 4096)
 
 
 def _scratch_bytes(splits: int, num_heads: int, head_dim: int) -> int:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from orthrus.engine.kernels import head_kernels
-from orthrus.engine.kernels.linear import as_read, check_operands, settings, tiles_of
+from orthrus.engine.kernels.linear import as_read, check_operands, descriptors, settings, tiles_of, tma_settings
 from orthrus.engine.kernels.overlap import overlap
 
 kernels: Any = head_kernels
@@ -32,25 +32,23 @@ def head_argmax(x_RD: Tensor, weight_VD: Tensor, *, scale_V: Tensor | None = Non
     if num_rows == 0:
         return out
     tiles = tiles_of(weight_VD)
-    rows_RD, rows_scale_R = as_read(x_RD, weight_VD)
-    how = settings(rows_RD, weight_VD, tiles)
+    fetching = tma_settings(x_RD, weight_VD, tiles, has_one_part=True)
+    rows_RD, rows_scale_R = (x_RD, None) if fetching else as_read(x_RD, weight_VD)
+    how = fetching or settings(rows_RD, weight_VD, tiles)
     num_tiles = triton.cdiv(vocab_size, how["BLOCK_E"])
     values = x_RD.new_empty(num_rows, num_tiles, dtype=torch.float32)
     ids = x_RD.new_empty(num_rows, num_tiles, dtype=torch.int32)
-    kernels.tile_largest[triton.cdiv(num_rows, how["BLOCK_R"]), num_tiles](
-        rows_RD,
-        rows_scale_R,
-        weight_VD,
-        scale_V,
-        values,
-        ids,
-        rows_RD.stride(0),
-        num_rows,
-        vocab_size,
-        num_tiles,
-        DTYPE=TYPES[x_RD.dtype],
-        **how,
-    )
+    grid, dtype = (triton.cdiv(num_rows, how["BLOCK_R"]), num_tiles), TYPES[x_RD.dtype]
+    if fetching:
+        kernels.tile_largest_by_tma[grid](
+            *descriptors(x_RD, weight_VD, how["BLOCK_E"]), scale_V, values, ids, num_rows, vocab_size, num_tiles,
+            DTYPE=dtype, **how,
+        )  # fmt: skip
+    else:
+        kernels.tile_largest[grid](
+            rows_RD, rows_scale_R, weight_VD, scale_V, values, ids, rows_RD.stride(0), num_rows, vocab_size, num_tiles,
+            DTYPE=dtype, **how,
+        )  # fmt: skip
     kernels.row_largest[(num_rows,)](
         values, ids, out, num_tiles, BLOCK=triton.next_power_of_2(num_tiles), enable_fp_fusion=False, **overlap(x_RD)
     )

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from orthrus.engine.kernels.linear_kernels import whole_product
+from orthrus.engine.kernels.linear_kernels import tma_part, whole_product
 from orthrus.engine.kernels.overlap import follow
 
 
@@ -34,10 +34,33 @@ def tile_largest(
                            BLOCK_E, BLOCK_R, BLOCK_K, WHOLE, BY)  # fmt: skip
     if SCALE is not None:
         logits = logits * tl.load(SCALE + ids)[:, None]
+    _keep_largest(logits, ids, VALUES, IDS, rows, num_rows, tile, num_tiles, DTYPE)
+
+
+@triton.jit
+def _keep_largest(logits, ids, VALUES, IDS, rows, num_rows, tile, num_tiles, DTYPE: tl.constexpr):
+    """The largest of a tile's logits [E, R] once rounded, and its id."""
     best, best_id = _largest(logits.to(DTYPE).to(tl.float32), ids[:, None], 0)
     places = rows.to(tl.int64) * num_tiles + tile
     tl.store(VALUES + places, best, mask=rows < num_rows)
     tl.store(IDS + places, best_id, mask=rows < num_rows)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
+def tile_largest_by_tma(
+    X, W, SCALE, VALUES, IDS, num_rows, vocab_size, num_tiles, num_blocks,
+    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, HOPPER: tl.constexpr,
+):  # fmt: skip
+    """`tile_largest` for many rows, as `multiply_by_tma` is `multiply`; the sum has one part."""
+    follow(HOPPER)
+    first_row, tile = tl.program_id(0) * BLOCK_R, tl.program_id(1)
+    ids = tile * BLOCK_E + tl.arange(0, BLOCK_E)
+    logits = tma_part(X, W, first_row, tile * BLOCK_E, 0, num_blocks, BLOCK_E, BLOCK_R, BLOCK_K)
+    if SCALE is not None:
+        logits = logits * tl.load(SCALE + tl.minimum(ids, vocab_size - 1))[:, None]
+    logits = tl.where((ids < vocab_size)[:, None], logits, -float("inf"))  # 0 was fetched
+    _keep_largest(logits, tl.minimum(ids, vocab_size - 1), VALUES, IDS, first_row + tl.arange(0, BLOCK_R), num_rows,
+                  tile, num_tiles, DTYPE)  # fmt: skip
 
 
 @triton.jit

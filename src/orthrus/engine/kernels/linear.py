@@ -5,8 +5,9 @@ A sum over D is cut into SPLITS parts, so that there is work for all multiproces
 are quantised, and added in order, and what follows (outputs' scale, bias, residual, SwiGLU) is done on the sum. Parts
 follow from E, D and the weight's dtype. The number of rows decides how large a tile is and how its programs run
 (BY_ROWS), which changes no row's sum, and that beyond MAX_SPREAD_ROWS, where rows are work enough, one program makes
-all parts of its tile and adds them in the same order. Nothing is fused into multiply-adds: a compiler may do so in one
-of the kernels and not in the other.
+all parts of its tile and adds them in the same order. Many rows of 16 bits are multiplied by a kernel of their own, for
+which Hopper's tensor memory accelerator fetches tiles: again with the same bits. Nothing is fused into multiply-adds: a
+compiler may do so in one of the kernels and not in the other.
 
     R = rows of a pass, D = inputs, E = outputs, F = width of the MLP
 """
@@ -16,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from orthrus.engine.kernels import linear_kernels
-from orthrus.engine.kernels.overlap import overlap
+from orthrus.engine.kernels.overlap import is_hopper, overlap
 from orthrus.engine.kernels.quantise import quantise
 
 kernels: Any = linear_kernels
@@ -84,80 +86,127 @@ class Execution(NamedTuple):
     BLOCK_E: int
     num_warps: int
     num_stages: int
+    by_tma: bool = False
+    """`multiply_by_tma`, in tiles of TMA_TILE, where `can_fetch`; else `multiply`."""
 
+
+TMA_TILE = dict(BLOCK_R=128, BLOCK_K=64)
+"""Rows and inputs of a tile that is fetched: as wide as the accelerator's swizzle, which 128 bytes are."""
 
 BY_ROWS: dict[tuple[int, int, int], dict[int, Execution]] = {
     # Qwen3-8B: gate_up, down, qkv, o, head
     (24576, 4096, 2): {
         64: Execution(64, 4, 4),
         128: Execution(64, 4, 3),
-        256: Execution(128, 4, 6),
-        512: Execution(256, 8, 3),
+        256: Execution(128, 4, 2, by_tma=True),
+        512: Execution(256, 8, 4, by_tma=True),
+        1024: Execution(256, 8, 4, by_tma=True),
     },
-    (4096, 12288, 2): {128: Execution(64, 4, 4), 256: Execution(128, 4, 3), 512: Execution(128, 8, 3)},
-    (6144, 4096, 2): {128: Execution(64, 4, 4), 256: Execution(128, 4, 3), 512: Execution(128, 8, 3)},
+    (4096, 12288, 2): {
+        128: Execution(64, 4, 4),
+        256: Execution(128, 4, 6, by_tma=True),
+        512: Execution(128, 4, 6, by_tma=True),
+        1024: Execution(128, 8, 6, by_tma=True),
+    },
+    (6144, 4096, 2): {
+        128: Execution(64, 4, 3, by_tma=True),
+        256: Execution(64, 4, 3, by_tma=True),
+        512: Execution(64, 4, 3, by_tma=True),
+        1024: Execution(128, 4, 6, by_tma=True),
+    },
     (4096, 4096, 2): {
         64: Execution(64, 4, 3),
-        128: Execution(128, 4, 3),
-        256: Execution(128, 4, 3),
-        512: Execution(128, 8, 3),
+        128: Execution(128, 4, 6, by_tma=True),
+        256: Execution(256, 8, 4, by_tma=True),
+        512: Execution(128, 4, 6, by_tma=True),
+        1024: Execution(256, 8, 4, by_tma=True),
     },
-    (151936, 4096, 2): {128: Execution(128, 4, 3), 256: Execution(128, 4, 3), 512: Execution(128, 4, 3)},
+    (151936, 4096, 2): {
+        128: Execution(128, 4, 6, by_tma=True),
+        256: Execution(256, 8, 4, by_tma=True),
+        512: Execution(256, 8, 4, by_tma=True),
+        1024: Execution(256, 8, 4, by_tma=True),
+    },
     # Qwen3-4B
     (19456, 2560, 2): {
         16: Execution(128, 8, 5),
         64: Execution(64, 4, 3),
         128: Execution(64, 4, 3),
-        256: Execution(128, 4, 6),
-        512: Execution(128, 8, 3),
+        256: Execution(128, 4, 2, by_tma=True),
+        512: Execution(128, 4, 6, by_tma=True),
+        1024: Execution(256, 8, 4, by_tma=True),
     },
     (2560, 9728, 2): {
         64: Execution(64, 4, 4),
         128: Execution(64, 4, 4),
-        256: Execution(128, 4, 3),
-        512: Execution(128, 8, 3),
+        256: Execution(128, 4, 6, by_tma=True),
+        512: Execution(128, 4, 6, by_tma=True),
+        1024: Execution(128, 4, 6, by_tma=True),
     },
-    (6144, 2560, 2): {128: Execution(64, 4, 4), 256: Execution(128, 4, 3), 512: Execution(128, 8, 3)},
+    (6144, 2560, 2): {
+        128: Execution(64, 4, 3, by_tma=True),
+        256: Execution(128, 4, 2, by_tma=True),
+        512: Execution(64, 4, 3, by_tma=True),
+        1024: Execution(128, 4, 6, by_tma=True),
+    },
     (2560, 4096, 2): {
         64: Execution(64, 4, 4),
-        128: Execution(64, 4, 4),
-        256: Execution(128, 4, 3),
-        512: Execution(128, 8, 3),
+        128: Execution(64, 4, 6, by_tma=True),
+        256: Execution(128, 4, 6, by_tma=True),
+        512: Execution(128, 4, 6, by_tma=True),
+        1024: Execution(128, 4, 6, by_tma=True),
     },
-    (151936, 2560, 2): {128: Execution(128, 4, 3), 512: Execution(128, 4, 3)},
+    (151936, 2560, 2): {
+        128: Execution(128, 4, 6, by_tma=True),
+        256: Execution(128, 4, 3, by_tma=True),
+        512: Execution(256, 8, 3, by_tma=True),
+        1024: Execution(256, 8, 3, by_tma=True),
+    },
     # Qwen3-1.7B
     (12288, 2048, 2): {
         64: Execution(128, 4, 6),
         128: Execution(128, 4, 6),
-        256: Execution(64, 4, 3),
-        512: Execution(128, 8, 3),
+        256: Execution(128, 4, 3, by_tma=True),
+        512: Execution(128, 4, 2, by_tma=True),
+        1024: Execution(128, 4, 2, by_tma=True),
     },
     (2048, 6144, 2): {
         64: Execution(64, 4, 4),
-        128: Execution(64, 4, 4),
-        256: Execution(128, 4, 3),
-        512: Execution(128, 8, 3),
+        128: Execution(64, 4, 6, by_tma=True),
+        256: Execution(128, 4, 6, by_tma=True),
+        512: Execution(64, 4, 6, by_tma=True),
+        1024: Execution(128, 4, 6, by_tma=True),
     },
     (4096, 2048, 2): {
         16: Execution(64, 4, 4),
         64: Execution(64, 4, 4),
-        128: Execution(64, 4, 4),
-        256: Execution(128, 4, 3),
-        512: Execution(128, 8, 3),
+        128: Execution(64, 4, 6, by_tma=True),
+        256: Execution(128, 4, 6, by_tma=True),
+        512: Execution(64, 4, 4, by_tma=True),
+        1024: Execution(128, 4, 3, by_tma=True),
     },
     (2048, 2048, 2): {
         16: Execution(128, 4, 3),
         64: Execution(64, 4, 4),
-        128: Execution(64, 4, 3),
-        256: Execution(128, 4, 3),
-        512: Execution(128, 8, 3),
+        128: Execution(64, 4, 6, by_tma=True),
+        256: Execution(128, 4, 4, by_tma=True),
+        512: Execution(64, 4, 6, by_tma=True),
+        1024: Execution(128, 4, 6, by_tma=True),
     },
-    (151936, 2048, 2): {128: Execution(128, 4, 3), 512: Execution(128, 4, 3)},
+    (151936, 2048, 2): {
+        128: Execution(128, 4, 3, by_tma=True),
+        256: Execution(128, 4, 2, by_tma=True),
+        512: Execution(128, 4, 3, by_tma=True),
+        1024: Execution(128, 4, 3, by_tma=True),
+    },
 }
 """By (E, D, bytes of a weight) and one of ROWS, where measuring on an H200 (`benchmarks/tiles.py --rows`; 16 inside of
 passes) found better than what TILES say."""
 
-ROWS = (16, 32, 64, 128, 256, 512)
+MANY_ROWS = Execution(128, 8, 4, by_tma=True)
+"""Good at every shape of TILES, if not the best."""
+
+ROWS = (16, 32, 64, 128, 256, 512, 1024)
 """Up to so many rows run as that many were measured to; more as the last."""
 
 MAX_SPREAD_ROWS = 256
@@ -188,10 +237,13 @@ def tiles_of_shape(num_outputs: int, width: int, weight_bytes: int) -> Tiles:
 
 
 def execution_of(weight_ED: Tensor, num_rows: int) -> Execution | None:
-    """That of BY_ROWS for as many rows, if there is one."""
+    """That of BY_ROWS for as many rows, if there is one; for shapes that nobody measured MANY_ROWS, on Hopper."""
     num_outputs, width = weight_ED.shape
-    by_rows = BY_ROWS.get((num_outputs, width, weight_ED.element_size()), {})
-    return by_rows.get(next((rows for rows in ROWS if num_rows <= rows), ROWS[-1]))
+    key = num_outputs, width, weight_ED.element_size()
+    if key in BY_ROWS:
+        return BY_ROWS[key].get(next((rows for rows in ROWS if num_rows <= rows), ROWS[-1]))
+    is_fetched = num_rows > TMA_TILE["BLOCK_R"] and weight_ED.element_size() == 2 and is_hopper(weight_ED.device)
+    return MANY_ROWS if is_fetched else None
 
 
 def linear(
@@ -253,13 +305,7 @@ def parts(x_RD: Tensor, weight_ED: Tensor, *by_output: Tensor | None) -> Tensor:
     parts_SRE = x_RD.new_empty(tiles.SPLITS if is_spread else 1, num_rows, num_outputs, dtype=torch.float32)
     if num_rows == 0:
         return parts_SRE
-    rows_RD, rows_scale_R = as_read(x_RD, weight_ED)
-    how = settings(rows_RD, weight_ED, tiles)
-    grid = triton.cdiv(num_rows, how["BLOCK_R"]), triton.cdiv(num_outputs, how["BLOCK_E"]), len(parts_SRE)
-    kernels.multiply[grid](
-        rows_RD, rows_scale_R, weight_ED, None, None, None, parts_SRE, rows_RD.stride(0), 0, num_rows, num_outputs,
-        SPREAD=is_spread, GATED=False, **how | (dict(SPLITS=1) if is_spread else {}),  # a program knows one part
-    )  # fmt: skip
+    _launch(x_RD, weight_ED, None, None, None, parts_SRE, num_outputs, tiles, is_spread=is_spread, is_gated=False)
     return parts_SRE
 
 
@@ -280,24 +326,42 @@ def _multiply(
     if num_rows == 0:
         return out
     tiles = tiles_of(weight_ED)
-    residual_stride = 0 if residual is None else residual.stride(0)
     if tiles.SPLITS == 1 or num_rows > MAX_SPREAD_ROWS:
-        rows_RD, rows_scale_R = as_read(x_RD, weight_ED)
-        how = settings(rows_RD, weight_ED, tiles)
-        tile_outputs = how["BLOCK_E"] // 2 if is_gated else how["BLOCK_E"]
-        kernels.multiply[triton.cdiv(num_rows, how["BLOCK_R"]), triton.cdiv(num_outputs, tile_outputs)](
-            rows_RD, rows_scale_R, weight_ED, scale, bias, residual, out, rows_RD.stride(0), residual_stride, num_rows,
-            num_outputs,
-            SPREAD=False, GATED=is_gated, **how,
-        )  # fmt: skip
+        _launch(x_RD, weight_ED, scale, bias, residual, out, num_outputs, tiles, is_spread=False, is_gated=is_gated)
         return out
     parts_SRE = parts(x_RD, weight_ED)
     block = min(512, triton.next_power_of_2(num_outputs))
     kernels.add_up[num_rows, triton.cdiv(num_outputs, block)](
-        parts_SRE, scale, bias, residual, out, residual_stride, parts_SRE.stride(0), num_outputs,
+        parts_SRE, scale, bias, residual, out, 0 if residual is None else residual.stride(0), parts_SRE.stride(0),
+        num_outputs,
         SPLITS=tiles.SPLITS, GATED=is_gated, BLOCK=block, enable_fp_fusion=False, **overlap(x_RD),
     )  # fmt: skip
     return out
+
+
+def _launch(
+    x_RD: Tensor, weight_ED: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, out: Tensor,
+    num_outputs: int, tiles: Tiles, *, is_spread: bool, is_gated: bool,
+) -> None:  # fmt: skip
+    """One of the two kernels of products: into `out` [R, E], finished, or [SPLITS, R, E], parts if spread."""
+    num_rows, residual_stride = len(x_RD), 0 if residual is None else residual.stride(0)
+    num_parts = tiles.SPLITS if is_spread else 1
+    if (how := tma_settings(x_RD, weight_ED, tiles, has_one_part=is_gated)) is not None:
+        block_e = how["BLOCK_E"] // 2 if is_gated else how["BLOCK_E"]
+        kernels.multiply_by_tma[triton.cdiv(num_rows, how["BLOCK_R"]), triton.cdiv(num_outputs, block_e), num_parts](
+            *descriptors(x_RD, weight_ED, block_e), scale, bias, residual, out, residual_stride, num_rows, num_outputs,
+            split_blocks=inputs_of_part(x_RD.shape[1], tiles) // how["BLOCK_K"],
+            SPLITS=num_parts if is_spread else tiles.SPLITS, SPREAD=is_spread, GATED=is_gated, **how,
+        )  # fmt: skip
+        return
+    rows_RD, rows_scale_R = as_read(x_RD, weight_ED)
+    how = settings(rows_RD, weight_ED, tiles)
+    block_e = how["BLOCK_E"] // 2 if is_gated else how["BLOCK_E"]
+    kernels.multiply[triton.cdiv(num_rows, how["BLOCK_R"]), triton.cdiv(num_outputs, block_e), num_parts](
+        rows_RD, rows_scale_R, weight_ED, scale, bias, residual, out, rows_RD.stride(0), residual_stride, num_rows,
+        num_outputs,
+        SPREAD=is_spread, GATED=is_gated, **how | (dict(SPLITS=1) if is_spread else {}),  # a program knows one part
+    )  # fmt: skip
 
 
 def as_read(x_RD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -309,16 +373,64 @@ def settings(x_RD: Tensor, weight_ED: Tensor, tiles: Tiles) -> dict[str, Any]:
     """What a kernel over these operands is compiled for, and how it runs."""
     width = x_RD.shape[1]
     if (execution := execution_of(weight_ED, len(x_RD))) is not None:
-        tiles = tiles._replace(**execution._asdict())
+        tiles = tiles._replace(
+            BLOCK_E=execution.BLOCK_E, num_warps=execution.num_warps, num_stages=execution.num_stages
+        )
     block_r = min(128, max(16, triton.next_power_of_2(len(x_RD))))
-    per_split = triton.cdiv(triton.cdiv(width, tiles.BLOCK_K), tiles.SPLITS) * tiles.BLOCK_K
     stage_bytes = tiles.BLOCK_K * (tiles.BLOCK_E * weight_ED.element_size() + block_r * x_RD.element_size())
     return tiles._asdict() | dict(
-        width=width, per_split=per_split, BLOCK_R=block_r, WHOLE=width % tiles.BLOCK_K == 0,
+        width=width, per_split=inputs_of_part(width, tiles), BLOCK_R=block_r, WHOLE=width % tiles.BLOCK_K == 0,
         BY="ieee" if x_RD.dtype == torch.float32 else "tf32",  # of no effect below fp32
         num_stages=max(1, min(tiles.num_stages, SHARED_BYTES // stage_bytes)),
         enable_fp_fusion=False,
     ) | overlap(x_RD)  # fmt: skip
+
+
+def tma_settings(x_RD: Tensor, weight_ED: Tensor, tiles: Tiles, *, has_one_part: bool) -> dict[str, Any] | None:
+    """As `settings`, of a kernel for which tiles are fetched; None where this many rows have none or it cannot.
+
+    `has_one_part`: the kernel knows no sums of several parts.
+    """
+    execution = execution_of(weight_ED, len(x_RD))
+    if execution is None or not execution.by_tma or not can_fetch(x_RD, weight_ED, tiles, has_one_part=has_one_part):
+        return None
+    block_k = TMA_TILE["BLOCK_K"]
+    stage_bytes = block_k * (execution.BLOCK_E + TMA_TILE["BLOCK_R"]) * weight_ED.element_size()
+    return TMA_TILE | dict(
+        num_blocks=triton.cdiv(x_RD.shape[1], block_k), BLOCK_E=execution.BLOCK_E, num_warps=execution.num_warps,
+        num_stages=max(1, min(execution.num_stages, SHARED_BYTES // stage_bytes)),
+        enable_fp_fusion=False,
+    ) | overlap(x_RD)  # fmt: skip
+
+
+def can_fetch(x_RD: Tensor, weight_ED: Tensor, tiles: Tiles, *, has_one_part: bool) -> bool:
+    """Whether the tensor memory accelerator can fetch tiles of these operands, for sums that are cut like this.
+
+    It counts in 16 bytes, and parts must end where a tile of inputs does.
+    """
+    return (
+        is_hopper(x_RD.device)
+        and x_RD.dtype == weight_ED.dtype
+        and weight_ED.element_size() == 2
+        and all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in (x_RD, weight_ED))
+        and (
+            tiles.SPLITS == 1 or (not has_one_part and inputs_of_part(x_RD.shape[1], tiles) % TMA_TILE["BLOCK_K"] == 0)
+        )
+    )
+
+
+def descriptors(x_RD: Tensor, weight_ED: Tensor, num_outputs: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """What the accelerator knows operands by, in tiles of so many weight rows."""
+    block_r, block_k = TMA_TILE["BLOCK_R"], TMA_TILE["BLOCK_K"]
+    return (
+        TensorDescriptor.from_tensor(x_RD, [block_r, block_k]),
+        TensorDescriptor.from_tensor(weight_ED, [num_outputs, block_k]),
+    )
+
+
+def inputs_of_part(width: int, tiles: Tiles) -> int:
+    """Inputs of each part of a sum but the last, which may have fewer."""
+    return triton.cdiv(triton.cdiv(width, tiles.BLOCK_K), tiles.SPLITS) * tiles.BLOCK_K
 
 
 def check_operands(x_RD: Tensor, weight_ED: Tensor, *by_output: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""The Triton kernels of `linear.py`, and the product that `head_kernels.py` shares.
+"""The Triton kernels of `linear.py`, and the products that `head_kernels.py` shares.
 
 Operands are swapped: weight rows are the M side of the MMA, rows of the pass its N side, so that a tile of few rows
 wastes little and a weight is read once. Rows and outputs that are not there do as the last one, and are not stored.
@@ -105,6 +105,82 @@ def multiply(
             residuals = read_rows.to(tl.int64)[None, :] * residual_stride + read_outputs[:, None]
             total = _finish(total, SCALE, BIAS, RESIDUAL, read_outputs[:, None], residuals,
                             (rows < num_rows)[None, :])  # fmt: skip
+    is_stored = (rows < num_rows)[None, :] & (outputs < num_outputs)[:, None]
+    places = rows.to(tl.int64)[None, :] * num_outputs + outputs[:, None]
+    tl.store(OUT + places, total.to(OUT.dtype.element_ty), mask=is_stored)
+
+
+@triton.jit
+def _tma_product(X, W, first_row, first_output, num_blocks, split_blocks,
+                 BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """The sum of the parts that `split_blocks` blocks of inputs make each. fp32 [E, R].
+
+    One loop over all blocks, or the first blocks of a part would not be on their way while the part before it ends.
+    """
+    total = tl.zeros([BLOCK_E, BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_E, BLOCK_R], tl.float32)
+    left = split_blocks
+    for block in range(0, num_blocks):
+        w, x = W.load([first_output, block * BLOCK_K]), X.load([first_row, block * BLOCK_K])
+        acc = tl.dot(w, x.T, acc)
+        left -= 1
+        if left == 0:
+            total += acc
+            acc = tl.zeros([BLOCK_E, BLOCK_R], tl.float32)
+            left = split_blocks
+    return total + acc  # a last part may be shorter; 0 is added exactly, to a sum that is never -0
+
+
+@triton.jit
+def tma_part(X, W, first_row, first_output, begin, end,
+              BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """The part that blocks begin .. end - 1 of inputs make. fp32 [E, R]."""
+    acc = tl.zeros([BLOCK_E, BLOCK_R], tl.float32)
+    for block in range(begin, end):
+        w, x = W.load([first_output, block * BLOCK_K]), X.load([first_row, block * BLOCK_K])
+        acc = tl.dot(w, x.T, acc)
+    return acc
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_blocks", "split_blocks"])
+def multiply_by_tma(
+    X, W, SCALE, BIAS, RESIDUAL, OUT,
+    residual_stride, num_rows, num_outputs, num_blocks, split_blocks,
+    SPLITS: tl.constexpr, SPREAD: tl.constexpr, GATED: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, HOPPER: tl.constexpr,
+):  # fmt: skip
+    """`multiply` for many rows, bit for bit. X and W are descriptors of tiles, which the tensor memory accelerator
+    fetches (0 beyond an edge); gates and ups, of one part only, are two products of half of BLOCK_E."""
+    follow(HOPPER)
+    first_row = tl.program_id(0) * BLOCK_R
+    rows = first_row + tl.arange(0, BLOCK_R)
+    TILE_E: tl.constexpr = BLOCK_E // 2 if GATED else BLOCK_E
+    first_output = tl.program_id(1) * TILE_E
+    outputs = first_output + tl.arange(0, TILE_E)
+    read_outputs = tl.minimum(outputs, num_outputs - 1)
+    if GATED:
+        gate = tl.zeros([TILE_E, BLOCK_R], tl.float32)
+        up = tl.zeros([TILE_E, BLOCK_R], tl.float32)
+        for block in range(0, num_blocks):
+            x = X.load([first_row, block * BLOCK_K]).T
+            gate = tl.dot(W.load([first_output, block * BLOCK_K]), x, gate)
+            up = tl.dot(W.load([num_outputs + first_output, block * BLOCK_K]), x, up)
+        if SCALE is not None:
+            gate = gate * tl.load(SCALE + read_outputs)[:, None]
+            up = up * tl.load(SCALE + num_outputs + read_outputs)[:, None]
+        total = gate * tl.sigmoid(gate) * up
+    elif SPREAD:
+        split = tl.program_id(2)
+        total = tma_part(X, W, first_row, first_output, split * split_blocks,
+                          tl.minimum((split + 1) * split_blocks, num_blocks), BLOCK_E, BLOCK_R, BLOCK_K)  # fmt: skip
+        OUT += split.to(tl.int64) * num_rows * num_outputs
+    else:
+        if SPLITS == 1:
+            total = tma_part(X, W, first_row, first_output, 0, num_blocks, BLOCK_E, BLOCK_R, BLOCK_K)
+        else:
+            total = _tma_product(X, W, first_row, first_output, num_blocks, split_blocks, BLOCK_E, BLOCK_R, BLOCK_K)
+        residuals = rows.to(tl.int64)[None, :] * residual_stride + read_outputs[:, None]
+        total = _finish(total, SCALE, BIAS, RESIDUAL, read_outputs[:, None], residuals, (rows < num_rows)[None, :])
     is_stored = (rows < num_rows)[None, :] & (outputs < num_outputs)[:, None]
     places = rows.to(tl.int64)[None, :] * num_outputs + outputs[:, None]
     tl.store(OUT + places, total.to(OUT.dtype.element_ty), mask=is_stored)

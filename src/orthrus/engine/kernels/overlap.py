@@ -19,11 +19,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 def overlap(x: Tensor) -> dict[str, bool]:
     """The arguments of a kernel's launch that say whether it overlaps, on the device where `x` is."""
-    return dict(HOPPER=True, launch_pdl=True) if _has_overlap(x.device) else dict(HOPPER=False)
+    return dict(HOPPER=True, launch_pdl=True) if is_hopper(x.device) else dict(HOPPER=False)
 
 
 @cache
-def _has_overlap(device: torch.device) -> bool:
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device is a GPU of NVIDIA's from Hopper on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
