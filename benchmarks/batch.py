@@ -115,7 +115,7 @@ class Bench:
         for _ in range(WARM_CYCLES):
             decoder.step()
         self.passes.rewind()
-        num_captured = self.backend.graphs.num_captured
+        num_captured = len(self.backend.graphs.captured)
         on_device(self.backend.device)
         num_tokens = num_drafted = 0
         begun = time.perf_counter()
@@ -125,7 +125,7 @@ class Bench:
                 num_drafted += record.num_drafted
         on_device(self.backend.device)
         seconds = time.perf_counter() - begun
-        assert not num_cycles or self.backend.graphs.num_captured == num_captured, (
+        assert not num_cycles or len(self.backend.graphs.captured) == num_captured, (
             "a graph was captured in the clock: rows grew into tables of another size, choose another --context"
         )
         for row in rows:

@@ -48,7 +48,7 @@ def choices(name: str, weight_bytes: int) -> Iterator[Tiles]:
             yield Tiles(block_e, block_k, splits, warps, stages)
 
 
-def executions(tiles: Tiles, name: str, weight_bytes: int, most: int) -> Iterator[Execution]:
+def executions(tiles: Tiles, weight_bytes: int, most: int) -> Iterator[Execution]:
     """Ways to run the same cut of a sum, for up to so many rows."""
     for (block_e, warps), stages in itertools.product(((64, 4), (128, 4), (128, 8), (256, 8)), (2, 3, 4, 6)):
         stage_bytes = tiles.BLOCK_K * (block_e + min(most, 128)) * weight_bytes
@@ -156,10 +156,10 @@ def main() -> None:
         for model, name in itertools.product(options.model, options.product):
             key = (*product_shapes(MODELS[model])[name], weight_bytes)
             if most is None:
-                some: list[Choice] = [(tiles, None) for tiles in choices(name, weight_bytes)]
+                some: list[Choice] = [(cut, None) for cut in choices(name, weight_bytes)]
             else:
                 tiles = tiles_of_shape(*key)
-                some = [(tiles, None), *((tiles, one) for one in executions(tiles, name, weight_bytes, most))]
+                some = [(tiles, None), *((tiles, one) for one in executions(tiles, weight_bytes, most))]
             tried[model, name] = list(dict.fromkeys(some))
         work = dict.fromkeys((name, tiles) for (_, name), some in tried.items() for tiles in some)
         compile_all(list(work), precision == "fp8", tuple(rows)[: 1 if most else None], options.processes)

@@ -1,5 +1,7 @@
 """Weights, rows and tiles at which the kernels of products are tested, and the ways in which a row can be placed."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -45,6 +47,27 @@ def cut(monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[int, int]:
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normal numbers of a dtype."""
     return torch.randn(shape).to(DEVICE, dtype)
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, module: Any, prefix: str) -> list[str]:
+    """The kernels with names like this that a module launches from here on."""
+    found, kernels = [], module.kernels
+
+    class Recorded:
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith(prefix):
+                found.append(name)
+            return getattr(kernels, name)
+
+    monkeypatch.setattr(module, "kernels", Recorded())
+    return found
+
+
+def with_tma(monkeypatch: pytest.MonkeyPatch, has_tma: bool) -> None:
+    """Have tiles fetched, or not; kernels overlap as they do on this device."""
+    if has_tma and DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tiles are fetched from Hopper on")
+    monkeypatch.setattr(linear, "is_hopper", lambda device: has_tma)
 
 
 def weight_of(num_outputs: int, width: int, dtype: torch.dtype, is_fp8: bool) -> tuple[Tensor, Tensor | None]:

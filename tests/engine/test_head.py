@@ -1,7 +1,5 @@
 """Head and argmax in one: the id that `linear` and an argmax of its logits give, without the logits."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,11 +7,11 @@ from torch import Tensor
 from orthrus.engine import reference
 from orthrus.engine.quantise import quantise_rows
 from tests.engine.interpreter import DEVICE, gpu_arithmetic  # noqa: F401
-from tests.engine.products import NUM_ROWS, PLACES, SHAPES, cut, draw, weight_of
+from tests.engine.products import NUM_ROWS, PLACES, SHAPES, cut, draw, launched, weight_of, with_tma
 
 pytest.importorskip("triton")
-from orthrus.engine.kernels import head, head_kernels  # noqa: E402
-from orthrus.engine.kernels import linear as linear_kernels  # noqa: E402
+from orthrus.engine.kernels import head  # noqa: E402
+from orthrus.engine.kernels import linear as kernels  # noqa: E402
 from orthrus.engine.kernels.head import head_argmax  # noqa: E402
 from orthrus.engine.kernels.linear import Execution, Tiles, linear  # noqa: E402
 
@@ -74,28 +72,16 @@ def test_fetched_tiles_change_no_id(monkeypatch: pytest.MonkeyPatch) -> None:
     vocab_size, width = 74, 72
     x = draw(NUM_ROWS, width).abs().to(torch.bfloat16)
     weight = (-draw(1, width).abs() + draw(vocab_size, width) * 1e-2).to(torch.bfloat16)
-    monkeypatch.setitem(linear_kernels.TILES, (vocab_size, width, weight.element_size()), Tiles(64, 32, 1, 4, 3))
+    key = (vocab_size, width, weight.element_size())
+    monkeypatch.setitem(kernels.TILES, key, Tiles(64, 32, 1, 4, 3))
+    monkeypatch.setitem(kernels.BY_ROWS, key, {256: Execution(64, 4, 3, by_tma=True)})
+    of_kernels = launched(monkeypatch, head, "tile")
+    with_tma(monkeypatch, False)
     expected = head_argmax(x, weight)
     assert len(expected.unique()) > 1
-    monkeypatch.setattr(linear_kernels, "is_hopper", lambda device: True)
-    execution = Execution(64, 4, 3, by_tma=True)
-    monkeypatch.setitem(linear_kernels.BY_ROWS, (vocab_size, width, weight.element_size()), {256: execution})
-    of_kernels = launched(monkeypatch)
+    with_tma(monkeypatch, True)
     assert head_argmax(x, weight).tolist() == expected.tolist()
-    assert of_kernels == ["tile_largest_by_tma", "row_largest"]
-
-
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The head's kernels that are launched from here on, by name."""
-    found = []
-
-    class Recorded:
-        def __getattr__(self, name: str) -> Any:
-            found.append(name)
-            return getattr(head_kernels, name)
-
-    monkeypatch.setattr(head, "kernels", Recorded())
-    return found
+    assert of_kernels == ["tile_largest", "tile_largest_by_tma"]
 
 
 def test_id_of_a_row_depends_on_nothing_but_that_row(monkeypatch: pytest.MonkeyPatch) -> None:

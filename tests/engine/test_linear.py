@@ -10,13 +10,12 @@ from torch import Tensor
 from orthrus.engine import reference
 from orthrus.engine.quantise import quantise_rows
 from tests.engine.interpreter import DEVICE, gpu_arithmetic  # noqa: F401
-from tests.engine.products import NUM_ROWS, PLACES, SHAPES, SPREAD_ROWS, cut, draw, weight_of
+from tests.engine.products import NUM_ROWS, PLACES, SHAPES, SPREAD_ROWS, cut, draw, launched, weight_of, with_tma
 
 triton = pytest.importorskip("triton")
 from orthrus.engine.kernels import linear as kernels  # noqa: E402
-from orthrus.engine.kernels import linear_kernels  # noqa: E402
 from orthrus.engine.kernels.head import head_argmax  # noqa: E402
-from orthrus.engine.kernels.linear import linear, linear_and_norm, swiglu  # noqa: E402
+from orthrus.engine.kernels.linear import Tiles, linear, linear_and_norm, swiglu  # noqa: E402
 from orthrus.engine.kernels.norm import rms_norm  # noqa: E402
 
 # bf16 keeps 8 bits, so one rounding is off by at most 2^-8 of the number; rounding a sum before something is added to
@@ -188,10 +187,10 @@ def test_larger_tiles_for_many_rows_change_no_bit(name: str, monkeypatch: pytest
 
 
 FETCHED = {
-    "linear": (74, 296, kernels.Tiles(64, 32, 3, 4, 3)),  # the last part is shorter, its last block not whole
-    "swiglu": (74, 72, kernels.Tiles(64, 32, 1, 4, 3)),
-    "linear_and_norm": (74, 200, kernels.Tiles(64, 32, 2, 4, 3)),
-    "parts": (74, 296, kernels.Tiles(64, 32, 3, 4, 3)),
+    "linear": (74, 296, Tiles(64, 32, 3, 4, 3)),  # the last part is shorter, its last block not whole
+    "swiglu": (74, 72, Tiles(64, 32, 1, 4, 3)),
+    "linear_and_norm": (74, 200, Tiles(64, 32, 2, 4, 3)),
+    "parts": (74, 296, Tiles(64, 32, 3, 4, 3)),
 }
 """Shapes whose tiles can be fetched."""
 
@@ -202,20 +201,6 @@ def sum_of_parts(x: Tensor, weight: Tensor, *, scale_E: None) -> Tensor:
     for other in others:
         total = total + other
     return total
-
-
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels of products that are launched from here on, by name."""
-    found = []
-
-    class Recorded:
-        def __getattr__(self, name: str) -> Any:
-            if name.startswith("multiply"):
-                found.append(name)
-            return getattr(linear_kernels, name)
-
-    monkeypatch.setattr(kernels, "kernels", Recorded())
-    return found
 
 
 @pytest.mark.parametrize("name", FETCHED)
@@ -229,19 +214,29 @@ def test_fetched_tiles_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(kernels, "MAX_SPREAD_ROWS", SPREAD_ROWS)
     monkeypatch.setitem(kernels.TILES, key, tiles)
     after = epilogue(names, NUM_ROWS, num_outputs, dtype) | {scale_name: None}
-    expected = run(x, weight, **after)
-    monkeypatch.setattr(kernels, "is_hopper", lambda device: True)
     monkeypatch.setitem(kernels.BY_ROWS, key, dict.fromkeys((128, 256), kernels.Execution(64, 4, 3, by_tma=True)))
-    of_kernels = launched(monkeypatch)
+    of_kernels = launched(monkeypatch, kernels, "multiply")
+    with_tma(monkeypatch, False)
+    expected = run(x, weight, **after)
+    with_tma(monkeypatch, True)
     for num_rows in (66, NUM_ROWS):
         assert torch.equal(run(x[:num_rows], weight, **of_rows(after, list(range(num_rows)))), expected[:num_rows])
-    assert of_kernels == ["multiply_by_tma"] * 2
+    assert of_kernels == ["multiply", *["multiply_by_tma"] * 2]
+
+
+def test_settings_for_fetched_tiles_are_not_those_of_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, tiles = draw(200, 64, dtype=torch.bfloat16), draw(8, 64, dtype=torch.bfloat16), Tiles(64, 32, 1, 4, 3)
+    monkeypatch.setitem(kernels.BY_ROWS, (8, 64, 2), {256: kernels.Execution(256, 8, 2, by_tma=True)})
+    with_tma(monkeypatch, False)
+    assert kernels.tma_settings(x, weight, tiles, has_one_part=True) is None
+    found = kernels.settings(x, weight, tiles)
+    assert (found["BLOCK_E"], found["num_warps"], found["num_stages"]) == (64, 4, 3)
 
 
 def test_tiles_are_fetched_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "is_hopper", lambda device: True)
+    with_tma(monkeypatch, True)
     half = torch.bfloat16
-    x, weight, tiles = draw(3, 128, dtype=half), draw(8, 128, dtype=half), kernels.Tiles(64, 32, 2, 4, 3)
+    x, weight, tiles = draw(3, 128, dtype=half), draw(8, 128, dtype=half), Tiles(64, 32, 2, 4, 3)
 
     def can(x: Tensor, weight: Tensor, tiles: Any = tiles, **how: bool) -> bool:
         return kernels.can_fetch(x, weight, tiles, **{"has_one_part": False} | how)
@@ -253,16 +248,16 @@ def test_tiles_are_fetched_where_they_can_be(monkeypatch: pytest.MonkeyPatch) ->
     assert not can(draw(3 * 128 + 1, dtype=half)[1:].view(3, 128), weight), "nor is a start of 2 bytes"
     assert not can(x, weight, tiles._replace(SPLITS=4)), "a part of 32 inputs ends within a tile"
     assert not can(x, weight, has_one_part=True) and can(x, weight, tiles._replace(SPLITS=1), has_one_part=True)
-    monkeypatch.setattr(kernels, "is_hopper", lambda device: False)
+    with_tma(monkeypatch, False)
     assert not can(x, weight)
 
 
 def test_shapes_that_nobody_measured_are_fetched_for_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "is_hopper", lambda device: True)
+    with_tma(monkeypatch, True)
     weight = torch.zeros(97, 64, dtype=torch.bfloat16)
     assert [kernels.execution_of(weight, rows) for rows in (128, 129, 4096)] == [None, *[kernels.MANY_ROWS] * 2]
     assert kernels.execution_of(weight.float(), 4096) is None
-    monkeypatch.setattr(kernels, "is_hopper", lambda device: False)
+    with_tma(monkeypatch, False)
     assert kernels.execution_of(weight, 4096) is None
 
 

@@ -8,7 +8,7 @@ chunks end, or on what a cache kept from earlier; a row that is preempted and co
 rests on the kernels. Where their twins run (a CPU), it holds up to rounding: in fp32 the text is the same (L0).
 
 Shapes are rounded up so that there are few (`bucket`): rows and tables to powers of two, columns to powers of two and
-the block size, or, of a chunk of a prompt, at least MIN_CHUNK_COLUMNS.
+the block size or, of a chunk of a prompt, to CHUNK_COLUMNS.
 
     B = rows, W = positions of a pass, J = W - 1 drafts, V = vocabulary, D = hidden width
 """
@@ -35,8 +35,9 @@ PAGE_SLOTS = 64
 """Slots of a page: divides the 256 slots that attention splits at."""
 MIN_TABLE_PAGES = 4
 """The smallest table of a pass: one split of attention."""
-MIN_CHUNK_COLUMNS = 64
-"""The narrowest pass over a chunk of a prompt that is captured: it takes about as long as one of a single position."""
+CHUNK_COLUMNS = (16, 64, 128, 256, 384, 512)
+"""Widths of captured passes over a chunk of a prompt. Products beyond 128 rows take tiles of 128; at few rows weights
+are read at one speed, but each 16 rows read the keys of a long text once more."""
 FREE_SHARE = 0.9
 """The part of a GPU's free memory that pages get unless told; the rest is for what a pass computes."""
 RESERVED_BYTES = SCORES_BYTES + KEPT_BYTES + 2**28
@@ -202,41 +203,45 @@ class EngineBackend:
     def _prefill_pass(self, row: Row, start: int, stop: int) -> Tensor:
         """The AR view over the row's tokens start .. stop - 1, which become part of its cache. [stop - start, D].
 
-        Columns that pad it, as those of a cycle, write behind the row's length, and what they write is never seen.
+        What it gives may be overwritten by the next chunk. Columns that pad it, as those of a cycle, write behind the
+        row's length, and what they write is never seen.
         """
         self._make_writable(row.index, start, stop)
-        inputs = self._inputs_of_chunk(start, stop)
+        kept = self._kept_inputs(start, stop)
+        inputs = self._new_inputs(self._chunk_shape(start, stop - start)) if kept is None else kept
         pages = self.tables.pages(row.index)[: self.pool.num_pages_of(stop)]
         inputs.write([row.tokens[start]], [start], [0], [pages])
         inputs.write_ids(row.tokens[start:stop])
-        if self._chunk_inputs.get(inputs.shape) is inputs:
-            self.graphs.run(self.passes.prefill, inputs)
-        else:
+        if kept is None:
             self.passes.prefill(inputs)
+        else:
+            self.graphs.run(self.passes.prefill, kept)
         self.tables.commit(row.index, stop - start)
         return inputs.hidden_RD[: stop - start]
 
-    def _inputs_of_chunk(self, start: int, stop: int) -> Inputs:
-        """Buffers for tokens start .. stop - 1 of a prompt.
+    def _kept_inputs(self, start: int, stop: int) -> Inputs | None:
+        """The buffers of a captured pass over tokens start .. stop - 1 of a prompt, padded; all share hidden states.
 
-        Kept where passes are captured, at a few widths, all with one buffer for hidden states; made anew for a chunk of
-        its own width, where they are not, or where it is too long, or padding would have no angles.
+        None where nothing is captured, for a chunk too long, and where padding would have no angles.
         """
-        num_columns = bucket(max(stop - start, MIN_CHUNK_COLUMNS), largest=PREFILL_CHUNK)
-        is_kept = self.graphs.captures and num_columns <= PREFILL_CHUNK
-        if not is_kept or start + num_columns > len(self.passes.rotary.cos_TH):
-            num_columns, is_kept = stop - start, False
-        num_pages = bucket(max(self.pool.num_pages_of(start + num_columns), MIN_TABLE_PAGES))
-        shape = Shape(1, num_columns, num_pages)
-        if is_kept and shape in self._chunk_inputs:
-            return self._chunk_inputs[shape]
-        inputs = Inputs(shape, spare_page=self._spare_page, like_VD=self.weights.embedding_VD)
-        if is_kept:
+        num_columns = next((width for width in CHUNK_COLUMNS if width >= stop - start), None)
+        if not self.graphs.captures or num_columns is None or start + num_columns > len(self.passes.rotary.cos_TH):
+            return None
+        shape = self._chunk_shape(start, num_columns)
+        if shape not in self._chunk_inputs:
             if self._chunk_hidden_RD is None:
-                self._chunk_hidden_RD = inputs.hidden_RD.new_zeros(PREFILL_CHUNK, inputs.hidden_RD.shape[1])
-            inputs.hidden_RD = self._chunk_hidden_RD[:num_columns]
-            self._chunk_inputs[shape] = inputs
-        return inputs
+                like_VD = self.weights.embedding_VD
+                self._chunk_hidden_RD = like_VD.new_zeros(CHUNK_COLUMNS[-1], like_VD.shape[1])
+            self._chunk_inputs[shape] = self._new_inputs(shape, self._chunk_hidden_RD[:num_columns])
+        return self._chunk_inputs[shape]
+
+    def _chunk_shape(self, start: int, num_columns: int) -> Shape:
+        """That of a pass over a chunk of one row, whose table has a page for each of its columns."""
+        num_pages = bucket(max(self.pool.num_pages_of(start + num_columns), MIN_TABLE_PAGES))
+        return Shape(1, num_columns, num_pages)
+
+    def _new_inputs(self, shape: Shape, hidden_RD: Tensor | None = None) -> Inputs:
+        return Inputs(shape, spare_page=self._spare_page, like_VD=self.weights.embedding_VD, hidden_RD=hidden_RD)
 
     def _batch(self, rows: Sequence[Row], inputs: Inputs | None) -> tuple[Inputs, bool]:
         """Buffers with this batch in them and pages for all that it may commit: the given ones, or those of its shape.
@@ -258,7 +263,7 @@ class EngineBackend:
         num_pages = bucket(max(self.pool.num_pages_of(num_cached + num_columns), MIN_TABLE_PAGES))
         shape = Shape(bucket(len(widths)), num_columns, num_pages)
         if shape not in self._inputs:
-            self._inputs[shape] = Inputs(shape, spare_page=self._spare_page, like_VD=self.weights.embedding_VD)
+            self._inputs[shape] = self._new_inputs(shape)
         return self._inputs[shape]
 
     def _pages_of(self, rows: Sequence[Row], inputs: Inputs) -> list[list[int]]:

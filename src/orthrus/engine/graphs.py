@@ -1,6 +1,6 @@
-"""The fixed-shape functions of a cycle as CUDA graphs: some 300 launches become one.
+"""The fixed-shape passes of cycles and prompts as CUDA graphs: some 300 launches become one.
 
-A function of a shape runs as it is the first time, which compiles its kernels and is the cycle that was asked for; the
+A function of a shape runs as it is the first time, which compiles its kernels and is the pass that was asked for; the
 second time it is captured; from then on it is replayed. A graph works on the buffers that it was captured with, and
 replaying it on others would decode stale rows without a word: shape and addresses are asserted every time.
 
@@ -46,9 +46,9 @@ class Graphs:
         return self._capture is not None
 
     @property
-    def num_captured(self) -> int:
-        """Graphs that are kept."""
-        return sum(captured is not None for captured in self._captured.values())
+    def captured(self) -> list[tuple[str, Shape]]:
+        """The functions whose graphs are kept, by name, and their shapes."""
+        return [key for key, captured in self._captured.items() if captured is not None]
 
     def run(self, function: Function, inputs: Inputs) -> None:
         """What `function(inputs)` does."""

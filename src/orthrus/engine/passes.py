@@ -1,4 +1,5 @@
-"""The passes of a cycle, as functions of fixed shapes over static buffers: no host reads, nothing sized by a value.
+"""The passes of a cycle and of a prompt, as functions of fixed shapes over static buffers: no host reads, nothing sized
+by a value.
 
 `Inputs` are the buffers of one shape: B rows, W positions of each, tables of M pages. Rows and columns that a batch
 does not fill are padding. A padding row has length 0 and the spare page alone, where what it writes is nobody's; the
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 from orthrus.decoding.verify import accept_equal
 from orthrus.engine.operations import Ops
 from orthrus.engine.reference import Pages, Rotary
-from orthrus.engine.weights import LayerWeights, Matrix, Weights
+from orthrus.engine.weights import AttentionWeights, LayerWeights, Matrix, Weights
 from orthrus.model.attention import View
 
 PADDING = -1
@@ -42,7 +43,7 @@ class Shape(NamedTuple):
 class Inputs:
     """The static buffers of one shape, and what the host knows to be in them."""
 
-    def __init__(self, shape: Shape, *, spare_page: int, like_VD: Tensor):
+    def __init__(self, shape: Shape, *, spare_page: int, like_VD: Tensor, hidden_RD: Tensor | None = None):
         num_rows, num_columns, num_pages = shape
         device = like_VD.device
         self.shape = shape
@@ -55,8 +56,9 @@ class Inputs:
         self.ids_BW = torch.zeros(num_rows, num_columns, dtype=torch.long, device=device)
         self.result_BX = torch.zeros(num_rows, 2 * num_columns, dtype=torch.long, device=device)
         """Accepted drafts, the W committed tokens, the J drafts: what the host reads."""
-        self.hidden_RD = like_VD.new_zeros(num_rows * num_columns, like_VD.shape[1])
-        """The last pass's hidden states, where they were asked for."""
+        num_positions = num_rows * num_columns
+        self.hidden_RD = like_VD.new_zeros(num_positions, like_VD.shape[1]) if hidden_RD is None else hidden_RD
+        """The last pass's hidden states, where they were asked for; it may be that of other inputs, too."""
         self._numbers_3B = numbers_3B
         self._known: list[list[int]] | None = None
         """Anchors and lengths."""
@@ -282,17 +284,25 @@ class Passes:
         block: "_Block",
     ) -> tuple[Tensor, Tensor]:
         """Hidden states, as they are and normed for this layer, to the same behind it."""
-        ops, attention, mlp = self.ops, layer.attention[view], layer.mlp[view]
+        attention, mlp = layer.attention[view], layer.mlp[view]
+        # No name keeps what has been read: of a chunk of a prompt each tensor is megabytes.
+        hidden_RD, normed_RD = self._add_and_norm(
+            self._mix(attention, normed_RD, block), attention.out, hidden_RD,
+            NextNorm(layer.post_norm_D, layer.post_eps),
+        )  # fmt: skip
+        return self._add_and_norm(
+            self.ops.swiglu(normed_RD, mlp.gate_up.weight_ED, scale_2F=mlp.gate_up.scale_E), mlp.down, hidden_RD,
+            next_norm,
+        )  # fmt: skip
+
+    def _mix(self, attention: AttentionWeights, normed_RD: Tensor, block: "_Block") -> Tensor:
+        """Attention's heads side by side, before they are projected. [R, N * H]."""
         pages, width, own, widths_B = block
-        q_RNH = ops.project_heads(
+        q_RNH = self.ops.project_heads(
             normed_RD, attention.qkv.weight_ED, pages, self.rotary, attention.norms, num_heads=self.weights.num_heads,
             width=width, own=own, bias_E=attention.qkv.bias_E, scale_E=attention.qkv.scale_E,
         )  # fmt: skip
-        mixed_RA = ops.attend(q_RNH, pages, width=width, scale=attention.scale, own=own, widths_B=widths_B)
-        post_norm = NextNorm(layer.post_norm_D, layer.post_eps)
-        hidden_RD, normed_RD = self._add_and_norm(mixed_RA, attention.out, hidden_RD, post_norm)
-        gated_RF = ops.swiglu(normed_RD, mlp.gate_up.weight_ED, scale_2F=mlp.gate_up.scale_E)
-        return self._add_and_norm(gated_RF, mlp.down, hidden_RD, next_norm)
+        return self.ops.attend(q_RNH, pages, width=width, scale=attention.scale, own=own, widths_B=widths_B)
 
     def _add_and_norm(
         self, x: Tensor, matrix: Matrix, hidden_RD: Tensor, next_norm: "NextNorm"

@@ -32,7 +32,7 @@ class Tiles(NamedTuple):
     BLOCK_E: int
     """Weight rows of a tile. At least 64, or Hopper's tensor cores are not used as they should be."""
     BLOCK_K: int
-    """Inputs that are added up at a time."""
+    """Inputs of a tile, whose multiples parts of a sum end at. Where tiles are fetched they have others (TMA_TILE)."""
     SPLITS: int
     """Parts of the sum over inputs."""
     num_warps: int
@@ -87,7 +87,7 @@ class Execution(NamedTuple):
     num_warps: int
     num_stages: int
     by_tma: bool = False
-    """`multiply_by_tma`, in tiles of TMA_TILE, where `can_fetch`; else `multiply`."""
+    """`multiply_by_tma`, in tiles of TMA_TILE, where `can_fetch`; else `multiply`, as TILES say."""
 
 
 TMA_TILE = dict(BLOCK_R=128, BLOCK_K=64)
@@ -106,20 +106,20 @@ BY_ROWS: dict[tuple[int, int, int], dict[int, Execution]] = {
         128: Execution(64, 4, 4),
         256: Execution(128, 4, 6, by_tma=True),
         512: Execution(128, 4, 6, by_tma=True),
-        1024: Execution(128, 8, 6, by_tma=True),
+        1024: Execution(128, 4, 3, by_tma=True),
     },
     (6144, 4096, 2): {
         128: Execution(64, 4, 3, by_tma=True),
-        256: Execution(64, 4, 3, by_tma=True),
+        256: Execution(128, 4, 2, by_tma=True),
         512: Execution(64, 4, 3, by_tma=True),
         1024: Execution(128, 4, 6, by_tma=True),
     },
     (4096, 4096, 2): {
         64: Execution(64, 4, 3),
         128: Execution(128, 4, 6, by_tma=True),
-        256: Execution(256, 8, 4, by_tma=True),
+        256: Execution(128, 4, 3, by_tma=True),
         512: Execution(128, 4, 6, by_tma=True),
-        1024: Execution(256, 8, 4, by_tma=True),
+        1024: Execution(128, 4, 3, by_tma=True),
     },
     (151936, 4096, 2): {
         128: Execution(128, 4, 6, by_tma=True),
@@ -201,9 +201,9 @@ BY_ROWS: dict[tuple[int, int, int], dict[int, Execution]] = {
     },
 }
 """By (E, D, bytes of a weight) and one of ROWS, where measuring on an H200 (`benchmarks/tiles.py --rows`; 16 inside of
-passes) found better than what TILES say."""
+passes, and 256 to 1,024 of 8B) found better than what TILES say."""
 
-MANY_ROWS = Execution(128, 8, 4, by_tma=True)
+MANY_ROWS = Execution(128, 4, 6, by_tma=True)
 """Good at every shape of TILES, if not the best."""
 
 ROWS = (16, 32, 64, 128, 256, 512, 1024)
@@ -372,7 +372,8 @@ def as_read(x_RD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor | None]:
 def settings(x_RD: Tensor, weight_ED: Tensor, tiles: Tiles) -> dict[str, Any]:
     """What a kernel over these operands is compiled for, and how it runs."""
     width = x_RD.shape[1]
-    if (execution := execution_of(weight_ED, len(x_RD))) is not None:
+    execution = execution_of(weight_ED, len(x_RD))
+    if execution is not None and not execution.by_tma:  # else it was chosen for the other kernel
         tiles = tiles._replace(
             BLOCK_E=execution.BLOCK_E, num_warps=execution.num_warps, num_stages=execution.num_stages
         )
