@@ -99,6 +99,17 @@ def test_prompts_of_many_lengths_share_few_graphs():
     assert len(buffers) == 1, "hidden states of all widths have one buffer"
 
 
+def test_wide_models_capture_narrow_chunks(monkeypatch: pytest.MonkeyPatch):
+    """Hidden states of 32, heads of 64, 48 gated values: 4 x 64 + 4 x 48 + 6 x 4 x 32 bytes a position in fp32."""
+    monkeypatch.setattr("orthrus.engine.engine.CHUNK_BYTES", 100 * (256 + 192 + 768))
+    backend = engine(graphs=Graphs(Recorder()))
+    for num_tokens in (60, 100):
+        prompt = random_prompt(num_tokens)
+        texts, _ = decode_all(Decoder(backend), [request(prompt, 1)])
+        assert texts == [stock_text(prompt, 1)]
+    assert [shape.num_columns for shape in backend._chunk_inputs] == [64], "128 would compute with too much"
+
+
 def test_padding_stops_where_angles_do():
     prompt = random_prompt(250)
     backend = engine(graphs=Graphs(Recorder()), prefill_chunk=201)

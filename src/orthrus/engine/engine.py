@@ -29,7 +29,7 @@ from orthrus.engine.graphs import Graphs
 from orthrus.engine.kv import PagePool, PageTables
 from orthrus.engine.operations import Ops, choose_ops
 from orthrus.engine.passes import Inputs, Passes, Shape
-from orthrus.engine.weights import check_modules, rotary_tables, take_weights
+from orthrus.engine.weights import Weights, check_modules, rotary_tables, take_weights
 
 PAGE_SLOTS = 64
 """Slots of a page: divides the 256 slots that attention splits at."""
@@ -38,6 +38,9 @@ MIN_TABLE_PAGES = 4
 CHUNK_COLUMNS = (16, 64, 128, 256, 384, 512)
 """Widths of captured passes over a chunk of a prompt. Products beyond 128 rows take tiles of 128; at few rows weights
 are read at one speed, but each 16 rows read the keys of a long text once more."""
+CHUNK_BYTES = 28 * 10**6
+"""What such a pass may compute with at once, since graphs keep it. 256 columns of Qwen3-8B, 512 of 1.7B: with 512 of 8B
+captured, all that is kept beside weights and pages was 213 MB at 40k of context (the aim is 200)."""
 FREE_SHARE = 0.9
 """The part of a GPU's free memory that pages get unless told; the rest is for what a pass computes."""
 RESERVED_BYTES = SCORES_BYTES + KEPT_BYTES + 2**28
@@ -102,6 +105,8 @@ class EngineBackend:
         )
         self.graphs = Graphs.on(self.device) if graphs is None else graphs
         self._inputs: dict[Shape, Inputs] = {}
+        widest = CHUNK_BYTES // position_bytes(self.weights)
+        self._chunk_columns = tuple(width for width in CHUNK_COLUMNS if width <= widest)
         self._chunk_inputs: dict[Shape, Inputs] = {}
         self._chunk_hidden_RD: Tensor | None = None
         self.looks_ahead: bool = self.device.type == "cuda" if looks_ahead is None else looks_ahead
@@ -224,14 +229,14 @@ class EngineBackend:
 
         None where nothing is captured, for a chunk too long, and where padding would have no angles.
         """
-        num_columns = next((width for width in CHUNK_COLUMNS if width >= stop - start), None)
+        num_columns = next((width for width in self._chunk_columns if width >= stop - start), None)
         if not self.graphs.captures or num_columns is None or start + num_columns > len(self.passes.rotary.cos_TH):
             return None
         shape = self._chunk_shape(start, num_columns)
         if shape not in self._chunk_inputs:
             if self._chunk_hidden_RD is None:
                 like_VD = self.weights.embedding_VD
-                self._chunk_hidden_RD = like_VD.new_zeros(CHUNK_COLUMNS[-1], like_VD.shape[1])
+                self._chunk_hidden_RD = like_VD.new_zeros(self._chunk_columns[-1], like_VD.shape[1])
             self._chunk_inputs[shape] = self._new_inputs(shape, self._chunk_hidden_RD[:num_columns])
         return self._chunk_inputs[shape]
 
@@ -363,6 +368,14 @@ def page_bytes(model: nn.Module, page_slots: int) -> int:
     config = model.config
     num_numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return num_numbers * page_slots * model.dtype.itemsize
+
+
+def position_bytes(weights: Weights) -> int:
+    """Bytes that a pass computes with at once for each position: a layer's heads in fp32, its gated values, and three
+    times hidden states and the same normed."""
+    layer, num_bytes = weights.layers[0], weights.embedding_VD.element_size()
+    num_heads_outputs, num_gated = len(layer.attention["ar"].qkv.weight_ED), len(layer.mlp["ar"].gate_up.weight_ED) // 2
+    return 4 * num_heads_outputs + num_bytes * (num_gated + 6 * weights.embedding_VD.shape[1])
 
 
 def is_plain(row: Row) -> bool:
