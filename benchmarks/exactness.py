@@ -45,8 +45,9 @@ from benchmarks import gemv, tiles
 from orthrus.engine import reference
 from orthrus.engine.engine import MIN_TABLE_PAGES, EngineBackend, bucket
 from orthrus.engine.graphs import Graphs
-from orthrus.engine.kernels import linear, place
-from orthrus.engine.kernels.linear import SHARED_BYTES, Tiles
+from orthrus.engine.kernels import place
+from orthrus.engine.kernels import tiles as cuts
+from orthrus.engine.kernels.tiles import SHARED_BYTES, Tiles
 from orthrus.engine.operations import Ops, choose_ops
 from orthrus.engine.passes import Inputs, Shape
 from orthrus.evaluation.records import Origin, ResultRecord, here_and_now, to_json
@@ -101,8 +102,8 @@ class Step:
 
 def present(shape: tuple[int, int]) -> Tiles:
     """The tiles that one row's product runs with as things are."""
-    tiles, by_rows = linear.tiles_of_shape(*shape, 2), linear.BY_ROWS.get((*shape, 2), {})
-    return tiles._replace(**by_rows[linear.ROWS[0]]._asdict()) if linear.ROWS[0] in by_rows else tiles
+    tiles, execution = cuts.tiles_of_shape(*shape, 2), cuts.BY_ROWS.get((*shape, 2), {}).get(cuts.ROWS[0])
+    return tiles if execution is None else tiles.run_as(execution)
 
 
 def choices(product: Product) -> list[Choice]:
@@ -132,7 +133,7 @@ def compiled_as(product: Product, choice: Choice) -> tuple[Any, ...]:
 def call(product: Product, choice: Choice, x: Tensor, weight: Tensor, residual: Tensor, norm: Tensor) -> Any:
     """What a step runs; residual and norm as wide as the outputs."""
     if isinstance(choice, Tiles):
-        linear.TILES[(*product.shape, weight.element_size())] = choice
+        cuts.TILES[(*product.shape, weight.element_size())] = choice
         return tiles.call(product.name, x, weight, None, residual, norm)
     kind = KINDS[product.name]
     if product.name in ("o", "down"):
@@ -150,7 +151,7 @@ def operands(product: Product, device: torch.device) -> tuple[Tensor, Tensor, Te
 
 def compile_some(work: list[tuple[Product, Choice]], device: torch.device) -> None:
     """Compile the kernels of these choices."""
-    linear.BY_ROWS.clear()
+    cuts.BY_ROWS.clear()
     for product in dict.fromkeys(product for product, _ in work):
         given = operands(product, device)
         for choice in (choice for one, choice in work if one == product):
@@ -187,8 +188,8 @@ def fastest(product: Product, tried: Sequence[Choice], device: torch.device) -> 
 
 @contextmanager
 def restored_tiles() -> Iterator[None]:
-    """Put the tables of `linear` back as they were."""
-    tables: tuple[dict[Any, Any], ...] = (linear.TILES, linear.BY_ROWS)
+    """Put the tables of `engine/kernels/tiles.py` back as they were."""
+    tables: tuple[dict[Any, Any], ...] = (cuts.TILES, cuts.BY_ROWS)
     kept = [dict(table) for table in tables]
     try:
         yield
@@ -206,7 +207,7 @@ def sweep(models: Sequence[str], ways: Sequence[str], device: torch.device, num_
     tried = {product: choices(product) for product in products}
     found: Found = {}
     with restored_tiles():
-        linear.BY_ROWS.clear()  # it would stand in for what is tried
+        cuts.BY_ROWS.clear()  # it would stand in for what is tried
         if device.type == "cuda":
             compile_all([(product, one) for product, some in tried.items() for one in some], device, num_processes)
             print(f"# compiled at {time.perf_counter() - begun:.0f} s", flush=True)
@@ -267,11 +268,11 @@ def ops_of(way: str, found: Found, device: torch.device) -> Ops:
 
 @contextmanager
 def tiles_of_way(way: str, found: Found) -> Iterator[None]:
-    """The tables of `linear` as a way wants them."""
+    """The tables of tiles as a way wants them."""
     with restored_tiles():
         if way == "tuned":
-            linear.BY_ROWS.clear()
-            linear.TILES.update({(*p.shape, 2): choice for p, choice in found.items() if isinstance(choice, Tiles)})
+            cuts.BY_ROWS.clear()
+            cuts.TILES.update({(*p.shape, 2): choice for p, choice in found.items() if isinstance(choice, Tiles)})
         yield
 
 

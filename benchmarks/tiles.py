@@ -1,8 +1,8 @@
-"""Find the fastest tiles of the engine's products on this GPU: lines for `linear.TILES`.
+"""Find the fastest tiles of the engine's products on this GPU: lines for `TILES` of `engine/kernels/tiles.py`.
 
     python benchmarks/tiles.py --model 8b                  # bf16 weights
     python benchmarks/tiles.py --model 8b --precision fp8  # the copies that drafts read
-    python benchmarks/tiles.py --model 8b --rows 64 512    # lines for `linear.BY_ROWS`
+    python benchmarks/tiles.py --model 8b --rows 64 512    # lines for `BY_ROWS`
 
 A choice is timed by what a pass runs (parts of qkv; o and down with residual and norm; gate_up with SwiGLU; the head's
 argmax), called for one weight after another, none of them in L2, in one graph. Its time is 2 x that of 32 rows + that
@@ -25,7 +25,8 @@ from benchmarks.gpu import COLD_BYTES, MODELS, in_processes, microseconds, produ
 from torch import Tensor
 
 from orthrus.engine.kernels import head, linear
-from orthrus.engine.kernels.linear import ROWS, SHARED_BYTES, TMA_TILE, Execution, Tiles, tiles_of_shape
+from orthrus.engine.kernels import tiles as cuts
+from orthrus.engine.kernels.tiles import ROWS, SHARED_BYTES, TMA_TILE, Execution, Tiles, tiles_of_shape
 from orthrus.engine.quantise import quantise_weight
 
 Choice = tuple[Tiles, Execution | None]
@@ -72,8 +73,8 @@ def call(name: str, x_RD: Tensor, weight: Tensor, scale: Tensor | None, residual
 
 def choose(key: tuple[int, int, int], tiles: Tiles, execution: Execution | None) -> None:
     """Have products of this shape cut and run like this."""
-    linear.TILES[key] = tiles
-    linear.BY_ROWS[key] = {} if execution is None else dict.fromkeys(ROWS, execution)
+    cuts.TILES[key] = tiles
+    cuts.BY_ROWS[key] = {} if execution is None else dict.fromkeys(ROWS, execution)
 
 
 def compile_some(work: list[tuple[str, Choice]], is_fp8: bool, row_counts: tuple[int, ...]) -> None:
@@ -138,16 +139,16 @@ def line(model: str, name: str, key: tuple[int, int, int], found: str, rows: dic
 
 
 def main() -> None:
-    """Print a line of `linear.TILES` or `linear.BY_ROWS` for each product, and all as JSON last."""
+    """Print a line of `TILES` or `BY_ROWS` for each product, and all as JSON last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, nargs="+", required=True)
     parser.add_argument("--product", choices=SPLITS, nargs="+", default=list(SPLITS))
     parser.add_argument("--precision", choices=("bf16", "fp8"), nargs="+", default=["bf16"])
-    parser.add_argument("--rows", type=int, choices=ROWS, nargs="+", help="lines of linear.BY_ROWS")
+    parser.add_argument("--rows", type=int, choices=ROWS, nargs="+", help="lines of BY_ROWS")
     parser.add_argument("--processes", type=int, default=15)
     options = parser.parse_args()
     begun = time.perf_counter()
-    linear.BY_ROWS.clear()  # it would stand in for what is tried
+    cuts.BY_ROWS.clear()  # it would stand in for what is tried
     lines = []
     for precision, most in itertools.product(options.precision, options.rows or (None,)):
         weight_bytes = 1 if precision == "fp8" else 2

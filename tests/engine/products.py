@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from orthrus.engine.kernels import linear
-from orthrus.engine.kernels.linear import Tiles
+from orthrus.engine.kernels import tiles as cuts
+from orthrus.engine.kernels.tiles import Tiles
 from orthrus.engine.quantise import quantise_rows
 from tests.engine.interpreter import DEVICE
 
@@ -40,7 +41,7 @@ def cut(monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[int, int]:
     num_outputs, width, tiles = SHAPES[name]
     monkeypatch.setattr(linear, "MAX_SPREAD_ROWS", SPREAD_ROWS)
     for weight_bytes in (1, 2, 4):
-        monkeypatch.setitem(linear.TILES, (num_outputs, width, weight_bytes), tiles)
+        monkeypatch.setitem(cuts.TILES, (num_outputs, width, weight_bytes), tiles)
     return num_outputs, width
 
 
@@ -67,7 +68,8 @@ def with_tma(monkeypatch: pytest.MonkeyPatch, has_tma: bool) -> None:
     """Have tiles fetched, or not; kernels overlap as they do on this device."""
     if has_tma and DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("tiles are fetched from Hopper on")
-    monkeypatch.setattr(linear, "is_hopper", lambda device: has_tma)
+    for module in (linear, cuts):
+        monkeypatch.setattr(module, "is_hopper", lambda device: has_tma)
 
 
 def weight_of(num_outputs: int, width: int, dtype: torch.dtype, is_fp8: bool) -> tuple[Tensor, Tensor | None]:

@@ -11,9 +11,10 @@ from tests.engine.products import NUM_ROWS, PLACES, SHAPES, cut, draw, launched,
 
 pytest.importorskip("triton")
 from orthrus.engine.kernels import head  # noqa: E402
-from orthrus.engine.kernels import linear as kernels  # noqa: E402
+from orthrus.engine.kernels import tiles as cuts  # noqa: E402
 from orthrus.engine.kernels.head import head_argmax  # noqa: E402
-from orthrus.engine.kernels.linear import Execution, Tiles, linear  # noqa: E402
+from orthrus.engine.kernels.linear import linear  # noqa: E402
+from orthrus.engine.kernels.tiles import Execution, Tiles  # noqa: E402
 
 FP8 = pytest.mark.parametrize("is_fp8", [False, True], ids=["same", "fp8"])
 
@@ -73,8 +74,8 @@ def test_fetched_tiles_change_no_id(monkeypatch: pytest.MonkeyPatch) -> None:
     x = draw(NUM_ROWS, width).abs().to(torch.bfloat16)
     weight = (-draw(1, width).abs() + draw(vocab_size, width) * 1e-2).to(torch.bfloat16)
     key = (vocab_size, width, weight.element_size())
-    monkeypatch.setitem(kernels.TILES, key, Tiles(64, 32, 1, 4, 3))
-    monkeypatch.setitem(kernels.BY_ROWS, key, {256: Execution(64, 4, 3, by_tma=True)})
+    monkeypatch.setitem(cuts.TILES, key, Tiles(64, 32, 1, 4, 3))
+    monkeypatch.setitem(cuts.BY_ROWS, key, {256: Execution(64, 4, 3, by_tma=True)})
     of_kernels = launched(monkeypatch, head, "tile")
     with_tma(monkeypatch, False)
     expected = head_argmax(x, weight)

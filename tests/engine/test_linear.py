@@ -14,9 +14,11 @@ from tests.engine.products import NUM_ROWS, PLACES, SHAPES, SPREAD_ROWS, cut, dr
 
 triton = pytest.importorskip("triton")
 from orthrus.engine.kernels import linear as kernels  # noqa: E402
+from orthrus.engine.kernels import tiles as cuts  # noqa: E402
 from orthrus.engine.kernels.head import head_argmax  # noqa: E402
-from orthrus.engine.kernels.linear import Tiles, linear, linear_and_norm, swiglu  # noqa: E402
+from orthrus.engine.kernels.linear import linear, linear_and_norm, swiglu  # noqa: E402
 from orthrus.engine.kernels.norm import rms_norm  # noqa: E402
+from orthrus.engine.kernels.tiles import Execution, Tiles  # noqa: E402
 
 # bf16 keeps 8 bits, so one rounding is off by at most 2^-8 of the number; rounding a sum before something is added to
 # it shows as more wherever they cancel.
@@ -177,8 +179,8 @@ def test_larger_tiles_for_many_rows_change_no_bit(name: str, monkeypatch: pytest
     x, weight = draw(NUM_ROWS, width), draw(num_outputs, width)
     after = epilogue(names, NUM_ROWS, num_outputs, torch.float32) | {scale_name: None}
     expected, largest = run(x, weight, **after), head_argmax(x, weight)
-    few, larger = kernels.tiles_of(weight), kernels.Execution(128, 8, 2)
-    monkeypatch.setitem(kernels.BY_ROWS, (num_outputs, width, weight.element_size()), {64: larger, 256: larger})
+    few, larger = cuts.tiles_of(weight), Execution(128, 8, 2)
+    monkeypatch.setitem(cuts.BY_ROWS, (num_outputs, width, weight.element_size()), {64: larger, 256: larger})
     for num_rows in (40, 64, NUM_ROWS):
         some, of_some = x[:num_rows], of_rows(after, list(range(num_rows)))
         assert kernels.settings(some, weight, few)["BLOCK_E"] == 128 != few.BLOCK_E
@@ -212,9 +214,9 @@ def test_fetched_tiles_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch)
     x, weight = draw(NUM_ROWS, width, dtype=dtype), draw(num_outputs, width, dtype=dtype) / width**0.5
     key = (num_outputs, width, weight.element_size())
     monkeypatch.setattr(kernels, "MAX_SPREAD_ROWS", SPREAD_ROWS)
-    monkeypatch.setitem(kernels.TILES, key, tiles)
+    monkeypatch.setitem(cuts.TILES, key, tiles)
     after = epilogue(names, NUM_ROWS, num_outputs, dtype) | {scale_name: None}
-    monkeypatch.setitem(kernels.BY_ROWS, key, dict.fromkeys((128, 256), kernels.Execution(64, 4, 3, by_tma=True)))
+    monkeypatch.setitem(cuts.BY_ROWS, key, dict.fromkeys((128, 256), Execution(64, 4, 3, by_tma=True)))
     of_kernels = launched(monkeypatch, kernels, "multiply")
     with_tma(monkeypatch, False)
     expected = run(x, weight, **after)
@@ -226,7 +228,7 @@ def test_fetched_tiles_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_settings_for_fetched_tiles_are_not_those_of_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, tiles = draw(200, 64, dtype=torch.bfloat16), draw(8, 64, dtype=torch.bfloat16), Tiles(64, 32, 1, 4, 3)
-    monkeypatch.setitem(kernels.BY_ROWS, (8, 64, 2), {256: kernels.Execution(256, 8, 2, by_tma=True)})
+    monkeypatch.setitem(cuts.BY_ROWS, (8, 64, 2), {256: Execution(256, 8, 2, by_tma=True)})
     with_tma(monkeypatch, False)
     assert kernels.tma_settings(x, weight, tiles, has_one_part=True) is None
     found = kernels.settings(x, weight, tiles)
@@ -255,19 +257,19 @@ def test_tiles_are_fetched_where_they_can_be(monkeypatch: pytest.MonkeyPatch) ->
 def test_shapes_that_nobody_measured_are_fetched_for_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     with_tma(monkeypatch, True)
     weight = torch.zeros(97, 64, dtype=torch.bfloat16)
-    assert [kernels.execution_of(weight, rows) for rows in (128, 129, 4096)] == [None, *[kernels.MANY_ROWS] * 2]
-    assert kernels.execution_of(weight.float(), 4096) is None
+    assert [cuts.execution_of(weight, rows) for rows in (128, 129, 4096)] == [None, *[cuts.MANY_ROWS] * 2]
+    assert cuts.execution_of(weight.float(), 4096) is None
     with_tma(monkeypatch, False)
-    assert kernels.execution_of(weight, 4096) is None
+    assert cuts.execution_of(weight, 4096) is None
 
 
 def test_larger_tiles_are_for_as_many_rows_as_they_were_measured_at(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.zeros(96, 32)
-    named = {rows: kernels.Execution(rows, 4, 2) for rows in (16, 64, 1024)}
-    monkeypatch.setitem(kernels.BY_ROWS, (96, 32, 4), named)
+    named = {rows: Execution(rows, 4, 2) for rows in (16, 64, 1024)}
+    monkeypatch.setitem(cuts.BY_ROWS, (96, 32, 4), named)
     for measured, some in ((16, (1, 16)), (64, (33, 64)), (1024, (513, 1024, 4096))):
-        assert {kernels.execution_of(weight, rows) for rows in some} == {named[measured]}
-    assert {kernels.execution_of(weight, rows) for rows in (17, 32, 65, 128, 129, 512)} == {None}
+        assert {cuts.execution_of(weight, rows) for rows in some} == {named[measured]}
+    assert {cuts.execution_of(weight, rows) for rows in (17, 32, 65, 128, 129, 512)} == {None}
 
 
 def test_a_sum_in_other_parts_has_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +277,7 @@ def test_a_sum_in_other_parts_has_other_bits(monkeypatch: pytest.MonkeyPatch) ->
     num_outputs, width = cut(monkeypatch, "split")
     x, weight = draw(9, width), draw(num_outputs, width)
     split = linear(x, weight)
-    monkeypatch.setitem(kernels.TILES, (num_outputs, width, 4), SHAPES["split"][2]._replace(SPLITS=1))
+    monkeypatch.setitem(cuts.TILES, (num_outputs, width, 4), SHAPES["split"][2]._replace(SPLITS=1))
     assert not torch.equal(linear(x, weight), split)
 
 
@@ -301,7 +303,7 @@ def test_no_rows_have_no_products() -> None:
 def test_default_tiles_give_every_multiprocessor_work(
     outputs: int, inputs: int, weight_bytes: int, splits: int
 ) -> None:
-    tiles = kernels.default_tiles(outputs, inputs, weight_bytes)
+    tiles = cuts.default_tiles(outputs, inputs, weight_bytes)
     assert tiles.SPLITS == splits
     assert triton.cdiv(outputs, tiles.BLOCK_E) * tiles.SPLITS >= 132
 

@@ -14,7 +14,7 @@ from tests.engine.passes import of_rows, planted, random_pages
 
 place = pytest.importorskip("orthrus.engine.kernels.place")
 from orthrus.engine.kernels import linear  # noqa: E402
-from orthrus.engine.kernels.linear import Tiles  # noqa: E402
+from orthrus.engine.kernels import tiles as cuts  # noqa: E402
 from tests.engine.products import SPREAD_ROWS, draw, weight_of  # noqa: E402
 
 LENGTHS, WIDTH = [0, 14], 3
@@ -100,7 +100,7 @@ def projected(
     return written(q, pages, own)
 
 
-SPLIT = (144, 140, Tiles(64, 32, 3, 4, 3))
+SPLIT = (144, 140, cuts.Tiles(64, 32, 3, 4, 3))
 """A projection to the heads of (5, 2, 16) whose sums have three parts."""
 
 
@@ -117,7 +117,7 @@ def test_projecting_and_placing_is_one_after_the_other(
     monkeypatch.setattr(place, "TILE", place.TILE | dict(TILE_T=16))
     num_outputs, width, tiles = SPLIT
     for num_bytes in (1, 2, 4):
-        monkeypatch.setitem(linear.TILES, (num_outputs, width, num_bytes), tiles)
+        monkeypatch.setitem(cuts.TILES, (num_outputs, width, num_bytes), tiles)
     monkeypatch.setattr(linear, "MAX_SPREAD_ROWS", SPREAD_ROWS)
     lengths = [(7 * i) % 20 for i in range(num_sequences)]
     assert (num_sequences * WIDTH > linear.MAX_SPREAD_ROWS) == (num_sequences == 44)

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from orthrus.engine.kernels import head_kernels
-from orthrus.engine.kernels.linear import as_read, check_operands, descriptors, settings, tiles_of, tma_settings
+from orthrus.engine.kernels.linear import as_read, check_operands, descriptors, settings, tma_settings
 from orthrus.engine.kernels.overlap import overlap
+from orthrus.engine.kernels.tiles import tiles_of
 
 kernels: Any = head_kernels
 
