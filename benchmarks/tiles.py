@@ -128,7 +128,7 @@ def best_tiles(
 
 
 def line(model: str, name: str, key: tuple[int, int, int], found: str, rows: dict[int, float], us: list[float]) -> str:
-    """What stands in the table of `linear.py`, and why."""
+    """What stands in the tables of `engine/kernels/tiles.py`, and why."""
     num_outputs, width, weight_bytes = key
     times = ", ".join(
         f"{one:.1f} us at {count} ({num_outputs * width * weight_bytes / one * 1e-6:.2f} TB/s, "

@@ -83,7 +83,7 @@ class Execution(NamedTuple):
 
 
 TMA_TILE = dict(BLOCK_R=128, BLOCK_K=64)
-"""Rows and inputs of a tile that is fetched: as wide as the accelerator's swizzle, which 128 bytes are."""
+"""Rows and inputs of a fetched tile. 64 inputs are 128 bytes, the width of the accelerator's swizzle."""
 
 BY_ROWS: dict[tuple[int, int, int], dict[int, Execution]] = {
     # Qwen3-8B: gate_up, down, qkv, o, head
@@ -199,7 +199,7 @@ MANY_ROWS = Execution(128, 4, 6, by_tma=True)
 """Good at every shape of TILES, if not the best."""
 
 ROWS = (16, 32, 64, 128, 256, 512, 1024)
-"""Up to so many rows run as that many were measured to; more as the last."""
+"""A product of R rows runs as the next of these was measured to; beyond the last, as the last."""
 
 SHARED_BYTES = 200 * 1024
 """Shared memory that a program's blocks in flight may take (Hopper has 227 KiB)."""
