@@ -40,8 +40,8 @@ CHUNK_COLUMNS = (16, 64, 128, 256, 384, 512)
 reading the weights whatever its width, but in a long text padding costs attention: each tile of 64 query heads reads
 the keys once more. Beyond 128 rows products take tiles of 128."""
 CHUNK_BYTES = 28 * 10**6
-"""What such a pass may compute with at once, since graphs keep it. 256 columns of Qwen3-8B and 4B, 512 of 1.7B: with 512
-of 8B captured, all that is kept beside weights and pages was 213 MB at 40k of context (the aim is 200)."""
+"""What such a pass may compute with at once, since graphs keep it. 256 columns of Qwen3-8B and 4B, 512 of 1.7B: with
+512 of 8B captured, all that is kept beside weights and pages was 213 MB at 40k of context (the aim is 200)."""
 FREE_SHARE = 0.9
 """The part of a GPU's free memory that pages get unless told; the rest is for what a pass computes."""
 RESERVED_BYTES = SCORES_BYTES + KEPT_BYTES + 2**28
