@@ -7,7 +7,7 @@
 A choice is timed by what a pass runs (parts of qkv; o and down with residual and norm; gate_up with SwiGLU; the head's
 argmax), called for one weight after another, none of them in L2, in one graph. Its time is 2 x that of 32 rows + that
 of one row: a cycle and an AR step. With --rows, what stands in the table is cut as it is, and found is how it runs best
-for up to so many rows; the most stand for 512 and 2,048, of which what a row takes counts. Compiling is spread over
+for up to so many rows; the most stand for 1,024 and 2,048, of which what a row takes counts. Compiling is spread over
 processes, which share Triton's cache.
 """
 
@@ -162,7 +162,7 @@ def main() -> None:
                 tiles = tiles_of_shape(*key)
                 some = [(tiles, None), *((tiles, one) for one in executions(tiles, weight_bytes, most))]
             tried[model, name] = list(dict.fromkeys(some))
-        work = dict.fromkeys((name, tiles) for (_, name), some in tried.items() for tiles in some)
+        work = dict.fromkeys((name, choice) for (_, name), some in tried.items() for choice in some)
         compile_all(list(work), precision == "fp8", tuple(rows)[: 1 if most else None], options.processes)
         print(f"# {precision}, {most or 'few'} rows: compiled at {time.perf_counter() - begun:.0f} s", flush=True)
         for (model, name), some in tried.items():

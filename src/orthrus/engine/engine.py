@@ -109,7 +109,8 @@ class EngineBackend:
         widest = CHUNK_BYTES // position_bytes(self.weights)
         self._chunk_columns = tuple(width for width in CHUNK_COLUMNS if width <= widest)
         self._chunk_inputs: dict[Shape, Inputs] = {}
-        self._chunk_hidden_RD: Tensor | None = None
+        like_VD = self.weights.embedding_VD
+        self._chunk_hidden_RD = like_VD.new_zeros(max(self._chunk_columns, default=0), like_VD.shape[1])
         self.looks_ahead: bool = self.device.type == "cuda" if looks_ahead is None else looks_ahead
         self._ahead: _Ahead | None = None
         self._settings: Settings | None = None
@@ -231,20 +232,20 @@ class EngineBackend:
         None where nothing is captured, for a chunk too long, and where padding would have no angles.
         """
         num_columns = next((width for width in self._chunk_columns if width >= stop - start), None)
-        if not self.graphs.captures or num_columns is None or start + num_columns > len(self.passes.rotary.cos_TH):
+        if not self.graphs.can_capture or num_columns is None or start + num_columns > len(self.passes.rotary.cos_TH):
             return None
         shape = self._chunk_shape(start, num_columns)
         if shape not in self._chunk_inputs:
-            if self._chunk_hidden_RD is None:
-                like_VD = self.weights.embedding_VD
-                self._chunk_hidden_RD = like_VD.new_zeros(self._chunk_columns[-1], like_VD.shape[1])
             self._chunk_inputs[shape] = self._new_inputs(shape, self._chunk_hidden_RD[:num_columns])
         return self._chunk_inputs[shape]
 
     def _chunk_shape(self, start: int, num_columns: int) -> Shape:
         """That of a pass over a chunk of one row, whose table has a page for each of its columns."""
-        num_pages = bucket(max(self.pool.num_pages_of(start + num_columns), MIN_TABLE_PAGES))
-        return Shape(1, num_columns, num_pages)
+        return Shape(1, num_columns, self._table_pages(start + num_columns))
+
+    def _table_pages(self, num_slots: int) -> int:
+        """Pages of the table of a pass whose rows reach so far."""
+        return bucket(max(self.pool.num_pages_of(num_slots), MIN_TABLE_PAGES))
 
     def _new_inputs(self, shape: Shape, hidden_RD: Tensor | None = None) -> Inputs:
         return Inputs(shape, spare_page=self._spare_page, like_VD=self.weights.embedding_VD, hidden_RD=hidden_RD)
@@ -266,8 +267,7 @@ class EngineBackend:
     def _inputs_of(self, widths: Sequence[int], num_cached: int) -> Inputs:
         """The buffers for rows of these widths, the longest of which has so many tokens cached."""
         num_columns = bucket(max(widths) + 1, largest=self.max_block_size)
-        num_pages = bucket(max(self.pool.num_pages_of(num_cached + num_columns), MIN_TABLE_PAGES))
-        shape = Shape(bucket(len(widths)), num_columns, num_pages)
+        shape = Shape(bucket(len(widths)), num_columns, self._table_pages(num_cached + num_columns))
         if shape not in self._inputs:
             self._inputs[shape] = self._new_inputs(shape)
         return self._inputs[shape]
@@ -375,8 +375,8 @@ def position_bytes(weights: Weights) -> int:
     """Bytes that a pass computes with at once for each position: a layer's heads in fp32, its gated values, and three
     times hidden states and the same normed."""
     layer, num_bytes = weights.layers[0], weights.embedding_VD.element_size()
-    num_heads_outputs, num_gated = len(layer.attention["ar"].qkv.weight_ED), len(layer.mlp["ar"].gate_up.weight_ED) // 2
-    return 4 * num_heads_outputs + num_bytes * (num_gated + 6 * weights.embedding_VD.shape[1])
+    num_qkv, num_gated = len(layer.attention["ar"].qkv.weight_ED), len(layer.mlp["ar"].gate_up.weight_ED) // 2
+    return 4 * num_qkv + num_bytes * (num_gated + 6 * weights.embedding_VD.shape[1])
 
 
 def is_plain(row: Row) -> bool:

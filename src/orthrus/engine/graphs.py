@@ -41,7 +41,7 @@ class Graphs:
         return cls(cuda_capture() if device.type == "cuda" else None)
 
     @property
-    def captures(self) -> bool:
+    def can_capture(self) -> bool:
         """Whether what runs again is replayed."""
         return self._capture is not None
 

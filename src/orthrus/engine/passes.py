@@ -110,8 +110,7 @@ class Inputs:
 
     def write_ids(self, ids: Sequence[int]) -> None:
         """Put in the tokens of a single row; columns behind them keep whatever was there."""
-        there = torch.tensor(ids, pin_memory=self.ids_BW.is_cuda)
-        self.ids_BW[0, : len(ids)].copy_(there, non_blocking=True)
+        self._send(self.ids_BW[0, : len(ids)], ids)
 
     def _write_pages(self, pages: Sequence[Sequence[int]]) -> None:
         padding = [()] * (self.shape.num_rows - len(pages))
@@ -123,9 +122,9 @@ class Inputs:
                 self._pages[b] = own
 
     @staticmethod
-    def _send(to: Tensor, numbers: list) -> None:
+    def _send(to: Tensor, numbers: Sequence) -> None:
         """Copy from pinned memory: from any other the host would wait until the device has done what it was given."""
-        to.copy_(torch.tensor(numbers, dtype=torch.int32, pin_memory=to.is_cuda), non_blocking=True)
+        to.copy_(torch.tensor(numbers, dtype=to.dtype, pin_memory=to.is_cuda), non_blocking=True)
 
     def begin_read(self) -> Callable[[], list[list[int]]]:
         """Have `result_BX` copied to the host as it is at this point of the device's work; waits when called."""

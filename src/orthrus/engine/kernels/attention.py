@@ -131,11 +131,8 @@ def spread(shape: torch.Size, pages: Pages, *, width: int, element_size: int) ->
     is_small = _scratch_bytes(splits, num_rows * num_heads, head_dim) <= SCRATCH_BYTES
     num_tiles = triton.cdiv(width * num_heads // num_groups, TILES[element_size]["TILE_M"])
     num_programs = num_tiles * num_batch * num_groups
-    if num_programs >= ALL_PROGRAMS and not is_small:
-        return Plan(num_tiles, 0)
-    if reads_whole_rows(num_rows * num_heads, num_programs, num_pages * num_slots):
-        return Plan(num_tiles, 0)
-    return Plan(num_tiles, splits)
+    is_whole = reads_whole_rows(num_rows * num_heads, num_programs, num_pages * num_slots)
+    return Plan(num_tiles, 0 if is_whole or (num_programs >= ALL_PROGRAMS and not is_small) else splits)
 
 
 def reads_whole_rows(num_heads: int, num_programs: int, num_slots: int) -> bool:

@@ -131,13 +131,13 @@ def _launch(
 ) -> None:  # fmt: skip
     """One of the two kernels of products: into `out` [R, E], finished, or [SPLITS, R, E], parts if spread."""
     num_rows, residual_stride = len(x_RD), 0 if residual is None else residual.stride(0)
-    num_parts = tiles.SPLITS if is_spread else 1
+    num_parts, num_summed = (tiles.SPLITS, 1) if is_spread else (1, tiles.SPLITS)  # that a program adds up
     if (how := tma_settings(x_RD, weight_ED, tiles, has_one_part=is_gated)) is not None:
         block_e = how["BLOCK_E"] // 2 if is_gated else how["BLOCK_E"]
         kernels.multiply_by_tma[triton.cdiv(num_rows, how["BLOCK_R"]), triton.cdiv(num_outputs, block_e), num_parts](
             *descriptors(x_RD, weight_ED, block_e), scale, bias, residual, out, residual_stride, num_rows, num_outputs,
             split_blocks=inputs_of_part(x_RD.shape[1], tiles) // how["BLOCK_K"],
-            SPLITS=num_parts if is_spread else tiles.SPLITS, SPREAD=is_spread, GATED=is_gated, **how,
+            SPLITS=num_summed, SPREAD=is_spread, GATED=is_gated, **how,
         )  # fmt: skip
         return
     rows_RD, rows_scale_R = as_read(x_RD, weight_ED)
@@ -146,7 +146,7 @@ def _launch(
     kernels.multiply[triton.cdiv(num_rows, how["BLOCK_R"]), triton.cdiv(num_outputs, block_e), num_parts](
         rows_RD, rows_scale_R, weight_ED, scale, bias, residual, out, rows_RD.stride(0), residual_stride, num_rows,
         num_outputs,
-        SPREAD=is_spread, GATED=is_gated, **how | (dict(SPLITS=1) if is_spread else {}),  # a program knows one part
+        SPREAD=is_spread, GATED=is_gated, **how | dict(SPLITS=num_summed),
     )  # fmt: skip
 
 

@@ -133,7 +133,7 @@ def _tma_product(X, W, first_row, first_output, num_blocks, split_blocks,
 
 @triton.jit
 def tma_part(X, W, first_row, first_output, begin, end,
-              BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+             BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """The part that blocks begin .. end - 1 of inputs make. fp32 [E, R]."""
     acc = tl.zeros([BLOCK_E, BLOCK_R], tl.float32)
     for block in range(begin, end):
@@ -172,7 +172,7 @@ def multiply_by_tma(
     elif SPREAD:
         split = tl.program_id(2)
         total = tma_part(X, W, first_row, first_output, split * split_blocks,
-                          tl.minimum((split + 1) * split_blocks, num_blocks), BLOCK_E, BLOCK_R, BLOCK_K)  # fmt: skip
+                         tl.minimum((split + 1) * split_blocks, num_blocks), BLOCK_E, BLOCK_R, BLOCK_K)  # fmt: skip
         OUT += split.to(tl.int64) * num_rows * num_outputs
     else:
         if SPLITS == 1:
